@@ -1,4 +1,5 @@
-"""Model directories in diffusers' layout: `unet/`, `vae/`, ... with safetensors and a `config.json`.
+"""Model directories in diffusers' layout: `unet/`, `vae/`, ... with safetensors and a
+`config.json`.
 
 Modules carry the names of the reference's modules, so a parameter's path *is* its tensor's name but
 for list indices, the leaf and the order of the axes (`tensor_name`). Reading and writing walk the
@@ -24,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dreamlite_jax.models import autoencoder, unet
+from dreamlite_jax.models.qwen3_vl import config as qwen_config
+from dreamlite_jax.models.qwen3_vl import model as qwen_model
 
 Params = dict[str, Any]
 Path_ = tuple[str, ...]
@@ -37,8 +40,8 @@ class ModelDirectoryError(ValueError):
 
 # --- The table of tensor names --------------------------------------------------------------------
 
-# Modules that stand in a list in the reference: their `name_3` is the tensor's `name.3`. (Others end
-# in a digit by name: linear_1.)
+# Modules that stand in a list in the reference: their `name_3` is the tensor's `name.3`. (Others
+# end in a digit by name: linear_1.)
 _LISTS = (
     "down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|net|to_out"
     "|encoder_hid_proj|layers|conv|blocks|deepstack_merger_list"
@@ -66,7 +69,8 @@ class Tensor(NamedTuple):
 
 
 def tensor_name(path: Path_) -> str:
-    """("down_blocks_0", "resnets_1", "norm1", "scale") -> "down_blocks.0.resnets.1.norm1.weight"."""
+    """("down_blocks_0", "resnets_1", "norm1", "scale") ->
+    "down_blocks.0.resnets.1.norm1.weight"."""
     *modules, leaf = path
     modules = [re.sub(rf"^({_LISTS})_(\d+)$", r"\1.\2", module) for module in modules]
     return ".".join((*modules, _LEAVES[leaf]))
@@ -112,15 +116,21 @@ def _autoencoder_example(config: autoencoder.AutoencoderConfig) -> tuple:
     return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
 
 
-UNET = Component(
-    "unet", "diffusion_pytorch_model", unet.UNetConfig, unet.UNet, _unet_example
-)
+UNET = Component("unet", "diffusion_pytorch_model", unet.UNetConfig, unet.UNet, _unet_example)
 AUTOENCODER = Component(
     "vae",
     "diffusion_pytorch_model",
     autoencoder.AutoencoderConfig,
     autoencoder.Autoencoder,
     _autoencoder_example,
+)
+TEXT_ENCODER = Component(
+    "text_encoder",
+    "model",
+    qwen_config.Qwen3VLConfig,
+    qwen_model.Qwen3VL,
+    lambda config: (qwen_model.blank_inputs(config),),
+    ignored=r"lm_head\.weight",  # some files hold the tied output layer a second time
 )
 
 
@@ -222,15 +232,17 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
         return [single]
     if not index.is_file():
         raise ModelDirectoryError(
-            f"{folder}: holds neither {single.name} nor {index.name}; other formats (.bin, .ckpt) must be "
-            "saved as safetensors first"
+            f"{folder}: holds neither {single.name} nor {index.name}; save other formats "
+            "(.bin, .ckpt) as safetensors first"
         )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ModelDirectoryError(f"{index}: has no weight_map")
     files = [folder / name for name in sorted(set(weight_map.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ModelDirectoryError(f"{folder}: {index.name} names missing files: {', '.join(missing)}")
+        raise ModelDirectoryError(
+            f"{folder}: {index.name} names missing files: {', '.join(missing)}"
+        )
     return files
 
 
@@ -369,7 +381,9 @@ class replaced_folder:
 
     def __enter__(self) -> Path:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.scratch = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent))
+        self.scratch = Path(
+            tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent)
+        )
         self.new = self.scratch / "new"
         self.new.mkdir()
         return self.new

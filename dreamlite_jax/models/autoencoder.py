@@ -198,8 +198,8 @@ class Autoencoder(nn.Module):
         b, h, w, c = pictures.shape
         if h % factor or w % factor or c != channels:
             raise ValueError(
-                f"autoencoder input: pictures [{b}, {h}, {w}, {c}] should be [B, H, W, {channels}] with "
-                f"H and W divisible by {factor}"
+                f"autoencoder input: pictures [{b}, {h}, {w}, {c}] should be "
+                f"[B, H, W, {channels}] with H and W divisible by {factor}"
             )
         return self.encoder(pictures)
 

@@ -1,4 +1,5 @@
-"""The blocks of the DreamLite U-Net: residual, transformer, and the down / mid / up levels made of them.
+"""The blocks of the DreamLite U-Net: residual, transformer, and the down / mid / up levels made of
+them.
 
 Shapes: B batch, H height, W width, C channels, E width of the time embedding, L text length,
 N heads, D head width, F text feature width. Activations are [B, H, W, C] everywhere, inside the
@@ -34,9 +35,10 @@ TRANSFORMER_GROUP_NORM_EPS = 1e-6  # diffusers' Transformer2DModel
 def rematerialised(block: type[nn.Module], spec: str, path: str) -> type[nn.Module]:
     """`block`, recomputed in the backward pass where `spec` asks for it at `path`.
 
-    spec is "none", "full" (save a block's inputs only) or the name of one of `jax.checkpoint_policies`
-    ("dots_saveable", "dots_with_no_batch_dims_saveable", ...), optionally followed by "@" and a regex of the
-    block paths it applies to: "full@down_blocks_0|up_blocks_2". Residual and transformer blocks are the units.
+    spec is "none", "full" (save a block's inputs only) or the name of one of
+    `jax.checkpoint_policies` ("dots_saveable", "dots_with_no_batch_dims_saveable", ...),
+    optionally followed by "@" and a regex of the block paths it applies to:
+    "full@down_blocks_0|up_blocks_2". Residual and transformer blocks are the units.
 
     Raises:
       ValueError: an unknown policy.
@@ -49,7 +51,9 @@ def rematerialised(block: type[nn.Module], spec: str, path: str) -> type[nn.Modu
         )
     if policy == "none" or not re.search(where, path):
         return block
-    return nn.remat(block, policy=None if policy == "full" else getattr(jax.checkpoint_policies, policy))
+    return nn.remat(
+        block, policy=None if policy == "full" else getattr(jax.checkpoint_policies, policy)
+    )
 
 
 class SeparableConv(nn.Module):
@@ -89,11 +93,11 @@ class ResnetBlock(nn.Module):
             return Conv(features, 3, 1, True, self.dtype, self.ops, name=name)
 
         inner = 2 * self.features if self.separable else self.features
-        h = nn.silu(GroupNorm(self.groups, self.eps, self.ops, name="norm1")(x))
+        h = self.ops.silu(GroupNorm(self.groups, self.eps, self.ops, name="norm1")(x))
         h = conv(inner, "conv1")(h)
-        temb = Linear(inner, True, self.dtype, self.ops, name="time_emb_proj")(nn.silu(temb))
+        temb = Linear(inner, True, self.dtype, self.ops, name="time_emb_proj")(self.ops.silu(temb))
         h = h + temb[:, None, None, :]
-        h = nn.silu(GroupNorm(self.groups, self.eps, self.ops, name="norm2")(h))
+        h = self.ops.silu(GroupNorm(self.groups, self.eps, self.ops, name="norm2")(h))
         h = conv(self.features, "conv2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, 1, True, self.dtype, self.ops, name="conv_shortcut")(x)
@@ -101,7 +105,8 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens x to `context` (or to themselves) with grouped key/value heads."""
+    """Multi-head attention of tokens x to `context` (or to themselves) with grouped key/value
+    heads."""
 
     heads: int
     kv_heads: int
@@ -111,7 +116,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, context: Array | None = None, bias: Array | None = None) -> Array:
-        """x [B, H, W, C], context [B, L, F] or None, bias float32 [B, 1, 1, L] or None -> [B, H, W, C]."""
+        """x [B, H, W, C], context [B, L, F] or None, bias float32 [B, 1, 1, L] or None -> [B, H,
+        W, C]."""
         b, h, w, c = x.shape
         width = c // self.heads
         source = x if context is None else context
@@ -211,7 +217,9 @@ class Transformer2D(nn.Module):
         """x [B, H, W, C], context [B, L, F], bias float32 [B, 1, 1, L] or None -> [B, H, W, C]."""
         residual, c = x, x.shape[-1]
 
-        def project(name):  # the same arithmetic; what differs is the kernel's rank in the checkpoint
+        def project(
+            name,
+        ):  # the same arithmetic; what differs is the kernel's rank in the checkpoint
             if self.linear_projection:
                 return Linear(c, True, self.dtype, self.ops, name=name)
             return Conv(c, 1, 1, True, self.dtype, self.ops, name=name)
@@ -263,9 +271,9 @@ class Level(nn.Module):
         if not self.transformer_layers:
             return x
         return Transformer2D(
-            self.transformer_layers, self.heads, self.kv_heads, self.qk_norm, self.ff_mult, self.groups,
-            self.self_attention, self.linear_projection, self.dtype, self.ops, self.remat,
-            name=f"attentions_{i}",
+            self.transformer_layers, self.heads, self.kv_heads, self.qk_norm, self.ff_mult,
+            self.groups, self.self_attention, self.linear_projection, self.dtype, self.ops,
+            self.remat, name=f"attentions_{i}",
         )(x, context, bias)  # fmt: skip
 
 
@@ -290,7 +298,8 @@ class DownBlock(Level):
 class MidBlock(Level):
     @nn.compact
     def __call__(self, x: Array, temb: Array, context: Array, bias: Array | None) -> Array:
-        """x [B, H, W, features] -> the same shape; `layers` transformers between residual blocks."""
+        """x [B, H, W, features] -> the same shape; `layers` transformers between residual
+        blocks."""
         x = self.resnet(0, x, temb)
         for i in range(self.layers):
             x = self.transformer(i, x, context, bias)
@@ -303,8 +312,8 @@ class UpBlock(Level):
     def __call__(
         self, x: Array, skips: list[Array], temb: Array, context: Array, bias: Array | None
     ) -> Array:
-        """x [B, H, W, I] -> [B, 2H, 2W, features] (or H x W in the last level); skips in the order in
-        which they are joined on."""
+        """x [B, H, W, I] -> [B, 2H, 2W, features] (or H x W in the last level); skips in the order
+        in which they are joined on."""
         for i, skip in enumerate(skips):
             x = self.resnet(i, jnp.concatenate([x, skip], axis=-1), temb)
             x = self.transformer(i, x, context, bias)
@@ -341,8 +350,8 @@ class Upsample(nn.Module):
 def sinusoids(positions: Array, width: int, *, cos_first: bool, shift: float) -> Array:
     """positions [...] -> float32 [..., width]: sines and cosines at `width / 2` frequencies.
 
-    frequency_i = 10000 ** (-i / (width / 2 - shift)); Ho et al. 2020, diffusers' `get_timestep_embedding`
-    with `flip_sin_to_cos` = cos_first and `downscale_freq_shift` = shift.
+    frequency_i = 10000 ** (-i / (width / 2 - shift)); Ho et al. 2020, diffusers'
+    `get_timestep_embedding` with `flip_sin_to_cos` = cos_first and `downscale_freq_shift` = shift.
     """
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
@@ -360,5 +369,5 @@ class TimestepEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.silu(Linear(self.features, True, self.dtype, self.ops, name="linear_1")(x))
+        x = self.ops.silu(Linear(self.features, True, self.dtype, self.ops, name="linear_1")(x))
         return Linear(self.features, True, self.dtype, self.ops, name="linear_2")(x)

@@ -1,8 +1,9 @@
-"""Parameter-holding layers shared by every network: each owns its parameters and calls one primitive.
+"""Parameter-holding layers shared by every network: each owns its parameters and calls one
+primitive.
 
-Names follow diffusers' and transformers' modules, so that a parameter's path is its tensor's name (see
-`pretrained.py`). Parameters are float32 unless `param_dtype` says otherwise; `dtype` is the compute dtype to which
-inputs and kernels are cast. Norms take their statistics in float32.
+Names follow diffusers' and transformers' modules, so that a parameter's path is its tensor's name
+(see `pretrained.py`). Parameters are float32 unless `param_dtype` says otherwise; `dtype` is the
+compute dtype to which inputs and kernels are cast. Norms take their statistics in float32.
 """
 
 from typing import Any
@@ -15,9 +16,10 @@ from dreamlite_jax.models.primitives import PLAIN, Primitives
 
 Dtype = Any
 
-# PyTorch initialises Linear and Conv2d with U(-1/sqrt(fan_in), 1/sqrt(fan_in)), kernels and biases alike; keeping that
-# law keeps the scale of activations that DreamLite's depth and norms were designed with.
-_uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# PyTorch initialises Linear and Conv2d with U(-1/sqrt(fan_in), 1/sqrt(fan_in)), kernels and biases
+# alike; keeping that law keeps the scale of activations that DreamLite's depth and norms were
+# designed with.
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Linear(nn.Module):
@@ -30,15 +32,18 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", _uniform_fan_in, (x.shape[-1], self.features), jnp.float32)
+        kernel = self.param("kernel", uniform_fan_in, (x.shape[-1], self.features), jnp.float32)
         y = self.ops.linear(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(
+                self.dtype
+            )
         return y
 
 
 class Conv(nn.Module):
-    """x [B, H, W, I] -> [B, H/stride, W/stride, features]; kernel [k, k, I, O], zero padding k // 2 on both sides."""
+    """x [B, H, W, I] -> [B, H/stride, W/stride, features]; kernel [k, k, I, O], zero padding k //
+    2 on both sides."""
 
     features: int
     kernel_size: int = 3
@@ -50,11 +55,17 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", _uniform_fan_in, shape, jnp.float32).astype(self.dtype)
+        kernel = self.param("kernel", uniform_fan_in, shape, jnp.float32).astype(self.dtype)
         x = x.astype(self.dtype)
-        y = self.ops.linear(x, kernel[0, 0]) if self.kernel_size == 1 else self.ops.conv(x, kernel, self.stride)
+        y = (
+            self.ops.linear(x, kernel[0, 0])
+            if self.kernel_size == 1
+            else self.ops.conv(x, kernel, self.stride)
+        )
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(
+                self.dtype
+            )
         return y
 
 
@@ -66,7 +77,7 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", _uniform_fan_in, (3, 3, 1, x.shape[-1]), jnp.float32)
+        kernel = self.param("kernel", uniform_fan_in, (3, 3, 1, x.shape[-1]), jnp.float32)
         return self.ops.depthwise_conv(x.astype(self.dtype), kernel.astype(self.dtype))
 
 

@@ -1,29 +1,34 @@
 """The operations whose best form depends on where they run, in one place.
 
-Every network of this project takes a `Primitives` and calls nothing else for these operations, so a lowering
-for another target (the phone's GPU, a TPU kernel) passes its own forms and there is never a second copy of a
-network. `PLAIN` holds the defaults: ordinary JAX that XLA compiles well on TPU, GPU and CPU.
+Every network of this project takes a `Primitives` and calls nothing else for these operations, so
+a lowering for another target (the phone's GPU, a TPU kernel) passes its own forms and there is
+never a second copy of a network. `PLAIN` holds the defaults: ordinary JAX that XLA compiles well
+on TPU, GPU and CPU.
 
-Shapes: B batch, H height, W width, C channels, T queries, S keys, N query heads, K key/value heads, D head width.
-Statistics, softmax and the error function are computed in float32 whatever the input's dtype; results return in
-the input's dtype.
+Shapes: B batch, H height, W width, C channels, T queries, S keys, N query heads, K key/value
+heads, D head width. Statistics, softmax and the error function are computed in float32 whatever
+the input's dtype; results return in the input's dtype.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import linear_call
 
 
 def group_norm(x: Array, scale: Array, bias: Array, *, groups: int, eps: float) -> Array:
-    """GroupNorm of x [B, H, W, C] over H, W and C/groups; scale and bias [C] (Wu & He 2018, eq. 1-6).
+    """GroupNorm of x [B, H, W, C] over H, W and C/groups; scale and bias [C] (Wu & He 2018, eq.
+    1-6).
 
-    Two passes (mean, then mean of squared deviations), because E[x^2] - E[x]^2 loses its digits where a group's
-    mean is large. Each pass reduces H and W first, so that only [B, C] is regrouped and no 5-D copy of x is made.
+    Two passes (mean, then mean of squared deviations), because E[x^2] - E[x]^2 loses its digits
+    where a group's mean is large. Each pass reduces H and W first, so that only [B, C] is
+    regrouped and no 5-D copy of x is made.
     """
-    b, h, w, c = x.shape
+    b, c = x.shape[0], x.shape[-1]
 
     def group_mean(v):  # [B, H, W, C] -> [B, 1, 1, C], every channel holding its group's mean
         per_group = jnp.mean(v, axis=(1, 2)).reshape(b, groups, c // groups).mean(-1)
@@ -50,42 +55,84 @@ def rms_norm(x: Array, scale: Array, *, eps: float) -> Array:
     return (x32 * inverse * scale).astype(x.dtype)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
+def contract(spec: str, x: Array, y: Array, dtype: Any = None) -> Array:
+    """einsum of two operands, accumulated in float32 and returned as `dtype` (None: that of x).
+
+    In float32 this is jnp.einsum. In bfloat16 it is the same arithmetic said so that every backend
+    takes its fast path: XLA's CPU compiler otherwise widens both operands, weights included, at
+    every call. Gradients are contractions of operands in x's dtype, never of a float32 cotangent
+    with bfloat16 weights.
+    """
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
+
+
+@contract.defjvp
+def _contract_jvp(spec, dtype, primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    tangent = jnp.einsum(spec, dx, y) + jnp.einsum(spec, x, dy)
+    return contract(spec, x, y, dtype), tangent.astype(dtype or x.dtype)
+
+
 def attention(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
     """Softmax attention with grouped key/value heads; scores and softmax in float32.
 
-    q [B, T, N, D]; k and v [B, S, K, D] with N a multiple of K: query head n reads key/value head n // (N / K).
-    bias (float32) is added to the scores of every head and broadcasts to [B, 1, T, S]. Returns [B, T, N, D].
-    With one key/value head (DreamLite's) the heads of a query are just more rows of one matmul: no transpose, and
-    no copy of k or v.
+    q [B, T, N, D]; k and v [B, S, K, D] with N a multiple of K: query head n reads key/value head
+    n // (N / K). bias (float32) is added to the scores of every head and broadcasts to [B, 1, T,
+    S]. Returns [B, T, N, D]. With one key/value head (DreamLite's) the heads of a query are just
+    more rows of one matmul: no transpose, and no copy of k or v. The division by the softmax's sum
+    comes last (Dao et al. 2022), which spares a pass over [T, S] forward and two backward.
     """
     b, t, n, d = q.shape
-    heads = k.shape[2]
-    q = q.reshape(b, t, heads, n // heads, d)
-    scores = jnp.einsum("btkgd,bskd->bktgs", q, k, preferred_element_type=jnp.float32) * d**-0.5
+    heads, group = k.shape[2], n // k.shape[2]
+
+    def batched(x):  # [B, ., K, ...] -> [B K, ., ...]: one batch axis is what XLA's CPU dots like
+        x = x.swapaxes(1, 2)
+        return x.reshape(-1, *x.shape[2:])
+
+    q = batched((q * d**-0.5).reshape(b, t, heads, group, d)).reshape(-1, t * group, d)
+    k, v = batched(k), batched(v)
+    scores = contract("brd,bsd->brs", q, k, jnp.float32)
     if bias is not None:
-        scores = scores + bias[:, :, :, None, :]
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bktgs,bskd->btkgd", weights, v).reshape(b, t, n, d)
+        rows = jnp.repeat(bias, group, axis=2) if bias.shape[2] > 1 else bias
+        rows = jnp.broadcast_to(rows, (b, heads, *rows.shape[2:]))
+        scores = scores + rows.reshape(-1, *rows.shape[2:])
+    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    y = contract("brs,bsd->brd", weights.astype(v.dtype), v, jnp.float32) / total
+    y = y.astype(v.dtype).reshape(b, heads, t, group, d).swapaxes(1, 2)
+    return y.reshape(b, t, n, d)
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x) in float32 (Elfwing et al. 2017)."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def gelu(x: Array) -> Array:
     """Exact GELU, x * Phi(x), by the error function in float32 (Hendrycks & Gimpel 2016, eq. 2)."""
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+    x32 = x.astype(jnp.float32)
+    return (0.5 * x32 * (1 + lax.erf(x32 * 2**-0.5))).astype(x.dtype)
 
 
 def upsample_nearest(x: Array) -> Array:
     """[B, H, W, C] -> [B, 2H, 2W, C]; every pixel becomes a 2x2 square."""
     b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(
+        b, 2 * h, 2 * w, c
+    )
 
 
 def linear(x: Array, kernel: Array) -> Array:
-    """x [..., I] times kernel [I, O] -> [..., O], flattened to one 2-D matmul (XLA's CPU form of choice)."""
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    """x [..., I] times kernel [I, O] -> [..., O], flattened to one matmul (XLA's CPU prefers
+    2-D)."""
+    y = contract("mi,io->mo", x.reshape(-1, x.shape[-1]), kernel)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def conv(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """Convolution of x [B, H, W, I] with an odd square kernel [k, k, I, O], zero-padded k // 2 on *both* sides.
+    """Convolution of x [B, H, W, I] with an odd square kernel [k, k, I, O], zero-padded k // 2 on
+    *both* sides.
 
     With stride 2 this is PyTorch's padding=1, not XLA's SAME, which would pad one side only.
     """
@@ -96,50 +143,73 @@ def conv(x: Array, kernel: Array, stride: int = 1) -> Array:
 
 
 def depthwise_conv(x: Array, kernel: Array) -> Array:
-    """Depthwise 3x3 convolution of x [B, H, W, C] with kernel [3, 3, 1, C], zero-padded to the same size.
+    """Depthwise 3x3 convolution of x [B, H, W, C] with kernel [3, 3, 1, C], zero-padded to the
+    same size.
 
-    XLA's grouped convolution on TPU and GPU; on the CPU, where that is some thirty times slower than it could be, nine
-    shifted multiply-adds.
+    XLA's grouped convolution on TPU and GPU; on the CPU, where that is tens of times slower than it
+    could be, nine shifted multiply-adds.
     """
-    return lax.platform_dependent(x, kernel, cpu=_depthwise_shifted, default=_depthwise_grouped)
+    return lax.platform_dependent(x, kernel, cpu=_shifted, default=_grouped)
 
 
-def _depthwise_grouped(x: Array, kernel: Array) -> Array:
-    dims = ("NHWC", "HWIO", "NHWC")
+def _grouped(x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=dims, feature_group_count=x.shape[-1]
+        x,
+        kernel,
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
     )
 
 
+@jax.custom_jvp
+def _shifted(x: Array, kernel: Array) -> Array:
+    """Depthwise convolution as nine shifted multiply-adds in float32."""
+    products = (tap * w for tap, w in zip(_taps(x), _rows(kernel), strict=True))
+    return lax.optimization_barrier(sum(products).astype(x.dtype))
+
+
+@_shifted.defjvp
+def _shifted_jvp(primals, tangents):
+    """The convolution is linear in x and in the kernel; both transposes are written by hand.
+
+    In x it is the same convolution with the kernel turned round, in the kernel one dot product a
+    tap.
+    """
+    (x, kernel), (dx, dkernel) = primals, tangents
+    along_x = linear_call(
+        lambda kernel, dx: _shifted(dx, kernel),
+        lambda kernel, g: _shifted(g, kernel[::-1, ::-1]),
+        kernel,
+        dx,
+    )
+    along_kernel = linear_call(_shifted, lambda x, g: _kernel_gradient(x, g), x, dkernel)
+    return _shifted(x, kernel), along_x + along_kernel
+
+
+def _kernel_gradient(x: Array, g: Array) -> Array:
+    """x and g [B, H, W, C] -> [3, 3, 1, C]; all nine sums in one pass over x and g."""
+    g32 = lax.optimization_barrier(g).astype(jnp.float32)
+    products = [tap * g32 for tap in _taps(x)]
+    zeros = [jnp.float32(0)] * len(products)
+    add = lambda left, right: [a + b for a, b in zip(left, right, strict=True)]  # noqa: E731
+    sums = lax.reduce(products, zeros, add, (0, 1, 2))
+    return jnp.stack(sums).reshape(3, 3, 1, -1).astype(x.dtype)
+
+
 def _taps(x: Array) -> list[Array]:
-    """The nine shifted views of x [B, H, W, C], row-major over the 3x3 window, zeros outside."""
+    """The nine shifted views of x [B, H, W, C], float32, row-major over the window, zeros
+    outside."""
     h, w = x.shape[1:3]
     # The barrier keeps XLA's CPU fusion from recomputing whatever produced x once per tap.
-    padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
+    padded = jnp.pad(lax.optimization_barrier(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    padded = lax.optimization_barrier(padded.astype(jnp.float32))
     return [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
 
 
-@jax.custom_vjp
-def _depthwise_shifted(x: Array, kernel: Array) -> Array:
-    products = (tap * weight for tap, weight in zip(_taps(x), kernel.reshape(9, -1), strict=True))
-    return lax.optimization_barrier(sum(products))
-
-
-def _depthwise_shifted_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _depthwise_shifted(x, kernel), (x, kernel)
-
-
-def _depthwise_shifted_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    """d/dx is the same convolution with the kernel turned round; d/dkernel is one dot product per tap."""
-    x, kernel = saved
-    g = lax.optimization_barrier(g)
-    dx = _depthwise_shifted(g, kernel[::-1, ::-1])
-    g32 = g.astype(jnp.float32)
-    dk = jnp.stack([jnp.sum(tap.astype(jnp.float32) * g32, axis=(0, 1, 2)) for tap in _taps(x)])
-    return dx, dk.reshape(kernel.shape).astype(kernel.dtype)
-
-
-_depthwise_shifted.defvjp(_depthwise_shifted_fwd, _depthwise_shifted_bwd)
+def _rows(kernel: Array) -> Array:
+    return kernel.reshape(9, -1).astype(jnp.float32)
 
 
 class Primitives(NamedTuple):
@@ -149,6 +219,7 @@ class Primitives(NamedTuple):
     layer_norm: Callable[..., Array] = layer_norm
     rms_norm: Callable[..., Array] = rms_norm
     attention: Callable[..., Array] = attention
+    silu: Callable[[Array], Array] = silu
     gelu: Callable[[Array], Array] = gelu
     upsample_nearest: Callable[[Array], Array] = upsample_nearest
     linear: Callable[[Array, Array], Array] = linear

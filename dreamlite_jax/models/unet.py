@@ -1,7 +1,7 @@
 """The DreamLite U-Net: predicts the flow velocity of `[target | condition]` latents side by side.
 
-Shapes: B batch, H height and W width of the latent (W counts both halves), C channels, E width of the
-time embedding, L text length, F text feature width.
+Shapes: B batch, H height and W width of the latent (W counts both halves), C channels, E width of
+the time embedding, L text length, F text feature width.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from dreamlite_jax.models.primitives import PLAIN, Primitives
 MASKED = -10000.0  # added to the score of a masked token, as diffusers does (not -inf: fp16-safe)
 TEXT_NORM_EPS = 1e-5
 
-# Block names as diffusers writes them today and as older checkpoints have them, with what they mean:
-# (has transformers, has self-attention).
+# Block names as diffusers writes them today and as older checkpoints have them, with what they
+# mean: (has transformers, has self-attention).
 DOWN_BLOCKS = {
     "DreamLiteCrossAttnDownBlock2D": (True, True),
     "CrossAttnDownBlock2D": (True, True),
@@ -51,8 +51,8 @@ UP_BLOCKS = {
     "UpBlock2D": (False, False),
 }
 
-# Settings of diffusers' U-Nets that DreamLite leaves alone, with the values that mean "leave alone".
-# Any other value asks for a different network, and is refused.
+# Settings of diffusers' U-Nets that DreamLite leaves alone, with the values that mean "leave
+# alone". Any other value asks for a different network, and is refused.
 _LEFT_ALONE: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "only_cross_attention": (False,),
@@ -87,8 +87,8 @@ _LEFT_ALONE: dict[str, tuple[Any, ...]] = {
 class UNetConfig:
     """Hyper-parameters under the names, and with the defaults, of diffusers' `DreamLiteUNetModel`.
 
-    attention_head_dim is the *number* of heads of each level (diffusers' misnomer). num_kv_heads None
-    means as many as query heads. sample_size is information only (latent side of the target).
+    attention_head_dim is the *number* of heads of each level (diffusers' misnomer). num_kv_heads
+    None means as many as query heads. sample_size is information only (latent side of the target).
     A number for a per-level setting means the same for every level.
 
     Raises:
@@ -140,7 +140,8 @@ class UNetConfig:
         """From a diffusers `config.json` (keys that begin with "_" are notes and are ignored).
 
         Raises:
-          ValueError: settings that ask for another network or contradict each other, all in one line.
+          ValueError: settings that ask for another network or contradict each other, all in one
+          line.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         settings = {k: v for k, v in settings.items() if not k.startswith("_")}
@@ -180,7 +181,8 @@ class UNetConfig:
         return self.encoder_hid_dim or self.cross_attention_dim
 
     def per_level(self, name: str) -> tuple[int, ...]:
-        """The per-level setting `name`, one value for each level from the finest to the coarsest."""
+        """The per-level setting `name`, one value for each level from the finest to the
+        coarsest."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * self.levels
 
@@ -201,11 +203,11 @@ def _problems(config: UNetConfig):
     for name in ("down_block_types", "up_block_types", *_PER_LEVEL):
         value = getattr(config, name)
         if isinstance(value, tuple) and len(value) != config.levels:
-            yield f"{name} has {len(value)} values for the {config.levels} levels of block_out_channels"
+            yield f"{name} has {len(value)} values, block_out_channels {config.levels}"
         elif name in _PER_LEVEL and not all(type(v) is int for v in config.per_level(name)):
             yield f"{name}={value!r} is not supported, only a whole number for each level"
     if not isinstance(config.cross_attention_dim, int):
-        yield f"cross_attention_dim={config.cross_attention_dim!r} is not supported, only one number"
+        yield f"cross_attention_dim={config.cross_attention_dim!r} should be one number"
     if config.qk_norm not in (None, "rms_norm"):
         yield f"qk_norm={config.qk_norm!r} is not supported, only 'rms_norm' or none"
     if config.encoder_hid_dim_type not in (None, "text_proj", "text_proj_rms"):
@@ -216,7 +218,10 @@ def _problems(config: UNetConfig):
     elif (config.encoder_hid_dim_type is None) != (config.encoder_hid_dim is None):
         yield "encoder_hid_dim and encoder_hid_dim_type go together, only one is set"
     if config.addition_embed_type not in (None, "time"):
-        yield f"addition_embed_type={config.addition_embed_type!r} is not supported, only 'time' or none"
+        yield (
+            f"addition_embed_type={config.addition_embed_type!r} is not supported, "
+            "only 'time' or none"
+        )
     elif config.addition_embed_type == "time":
         width, total = config.addition_time_embed_dim, config.projection_class_embeddings_input_dim
         if not width or total != 2 * width:
@@ -226,13 +231,16 @@ def _problems(config: UNetConfig):
             )
     for channels in config.block_out_channels:
         if channels % config.norm_num_groups:
-            yield f"block_out_channels {channels} is not a multiple of norm_num_groups {config.norm_num_groups}"
+            yield (
+                f"block_out_channels {channels} is not a multiple of norm_num_groups "
+                f"{config.norm_num_groups}"
+            )
     heads = config.per_level("attention_head_dim")
     for channels, n in zip(config.block_out_channels, heads, strict=False):
         if not isinstance(n, int) or channels % n or n % (config.num_kv_heads or n):
             yield (
-                f"attention_head_dim (number of heads) {n} does not divide block_out_channels {channels} "
-                f"or is not a multiple of num_kv_heads {config.num_kv_heads}"
+                f"attention_head_dim (number of heads) {n} does not divide block_out_channels "
+                f"{channels} or is not a multiple of num_kv_heads {config.num_kv_heads}"
             )
 
 
@@ -346,7 +354,8 @@ class UNet(nn.Module):
         return embedding
 
     def embed_context(self, context: Array) -> Array:
-        """Text features [B, L, F] -> [B, L, cross_attention_dim], what the cross-attentions read."""
+        """Text features [B, L, F] -> [B, L, cross_attention_dim], what the cross-attentions
+        read."""
         if self.config.encoder_hid_dim_type == "text_proj_rms":
             return self.encoder_hid_proj_1(self.encoder_hid_proj_0(context))
         if self.config.encoder_hid_dim_type == "text_proj":
@@ -356,7 +365,8 @@ class UNet(nn.Module):
     def denoise(self, latents: Array, temb: Array, context: Array, mask: Array | None) -> Array:
         """The network behind the time embedding temb [B, E]; otherwise as `__call__`, unchecked.
 
-        A target whose half precision would ruin the sinusoids embeds the time elsewhere and starts here.
+        A target whose half precision would ruin the sinusoids embeds the time elsewhere and starts
+        here.
         """
         context = self.embed_context(context)
         bias = None
@@ -372,7 +382,7 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             taken = [skips.pop() for _ in range(block.layers)]
             x = block(x, taken, temb, context, bias)
-        return self.conv_out(nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
+        return self.conv_out(self.ops.silu(self.conv_norm_out(x))).astype(jnp.float32)
 
     def _level(
         self, block: type[Level], level: int, kind: tuple[bool, bool], layers: int, resample: bool
@@ -412,7 +422,10 @@ class UNet(nn.Module):
                 f"latent height {h} and width {w} should be divisible by {factor} "
                 f"({config.levels} levels)"
             )
-        expected = {"timesteps": (timesteps, (b,)), "context": (context, (b, None, config.context_dim))}
+        expected = {
+            "timesteps": (timesteps, (b,)),
+            "context": (context, (b, None, config.context_dim)),
+        }
         if mask is not None:
             expected["mask"] = (mask, context.shape[:2])
         if config.addition_embed_type == "time":

@@ -1,0 +1,1 @@
+"""Everything that happens to data on the host: NumPy and Grain only, never jax."""
