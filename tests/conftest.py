@@ -1,0 +1,6 @@
+"""Lets tests import what they share: random_params here, reference in parity/."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]

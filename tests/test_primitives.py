@@ -1,0 +1,118 @@
+"""The primitives against float64 formulas; the two lowerings of the depthwise convolution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamlite_jax.models import primitives
+from dreamlite_jax.models.primitives import PLAIN
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def close(ours, exact, tolerance=2e-6):
+    np.testing.assert_allclose(ours, exact, atol=tolerance * np.abs(exact).max())
+
+
+def test_group_norm_with_a_large_mean():
+    """Groups whose mean is a thousand times their spread: E[x^2] - E[x]^2 would be noise there."""
+    x, scale, bias = 1000 + draw(2, 5, 3, 12), draw(12, seed=1), draw(12, seed=2)
+    groups = x.astype(np.float64).reshape(2, 15, 4, 3)
+    mean = groups.mean((1, 3), keepdims=True)
+    exact = (groups - mean) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)
+    exact = exact.reshape(x.shape) * scale + bias
+    ours = PLAIN.group_norm(x, scale, bias, groups=4, eps=1e-5)
+    close(ours, exact, 1e-4)  # float32 holds 1000 + x to 6e-5
+
+
+def test_layer_and_rms_norm():
+    x, scale, bias = draw(4, 7, 10), draw(10, seed=1), draw(10, seed=2)
+    x64 = x.astype(np.float64)
+    centred = x64 - x64.mean(-1, keepdims=True)
+    layer = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+    rms = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-6) * scale
+    close(PLAIN.layer_norm(x, scale, bias, eps=1e-5), layer)
+    close(PLAIN.rms_norm(x, scale, eps=1e-6), rms)
+
+
+def test_norms_of_bfloat16_have_float32_statistics():
+    x = (100 + draw(2, 4, 4, 64)).astype(jnp.bfloat16)
+    ours = PLAIN.group_norm(x, np.ones(64), np.zeros(64), groups=1, eps=1e-5)
+    exact = PLAIN.group_norm(x.astype(np.float32), np.ones(64), np.zeros(64), groups=1, eps=1e-5)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ours, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("bias_shape", [None, (3, 1, 1, 9), (1, 1, 5, 9), (3, 1, 5, 9)])
+def test_attention(kv_heads, bias_shape):
+    q, k, v = draw(3, 5, 6, 4), draw(3, 9, kv_heads, 4, seed=1), draw(3, 9, kv_heads, 4, seed=2)
+    bias = None if bias_shape is None else 3 * draw(*bias_shape, seed=3)
+    k64, v64 = (np.repeat(x.astype(np.float64), 6 // kv_heads, axis=2) for x in (k, v))
+    scores = np.einsum("btnd,bsnd->bnts", q, k64) / 2 + (0 if bias is None else bias)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    close(PLAIN.attention(q, k, v, bias), np.einsum("bnts,bsnd->btnd", weights, v64))
+
+
+def test_attention_survives_huge_scores():
+    q = 100 * draw(1, 3, 2, 8)
+    y = PLAIN.attention(q, q[:, :, :1], q[:, :, :1])
+    assert np.isfinite(y).all()
+
+
+def test_upsampling_and_stride_two():
+    x = draw(2, 3, 5, 4)
+    np.testing.assert_array_equal(PLAIN.upsample_nearest(x), x.repeat(2, axis=1).repeat(2, axis=2))
+    # padding on both sides: the first output of a stride-2 convolution sees row and column -1
+    kernel = np.zeros((3, 3, 1, 1), np.float32)
+    kernel[0, 0] = 1
+    y = PLAIN.conv(np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1), kernel, 2)
+    np.testing.assert_array_equal(y[0, :, :, 0], [[0, 0], [0, 5]])
+
+
+def test_contract_keeps_gradients_in_the_operands_dtype():
+    x, w = draw(4, 8).astype(jnp.bfloat16), draw(8, 3, seed=1).astype(jnp.bfloat16)
+
+    def loss(x, w):
+        return jnp.sum(primitives.contract("mi,io->mo", x, w, jnp.float32) ** 2)
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    dots = [e for e in jax.make_jaxpr(gradient)(x, w).eqns if e.primitive.name == "dot_general"]
+    assert dots and all(v.aval.dtype == jnp.bfloat16 for e in dots for v in e.invars)
+    exact = jax.grad(loss, argnums=(0, 1))(x.astype(np.float32), w.astype(np.float32))
+    for ours, true in zip(gradient(x, w), exact, strict=True):
+        np.testing.assert_allclose(ours.astype(np.float32), true, rtol=0.03, atol=0.1)
+
+
+class TestDepthwise:
+    x, kernel, g = draw(2, 5, 7, 6), draw(3, 3, 1, 6, seed=1), draw(2, 5, 7, 6, seed=2)
+
+    def test_the_two_lowerings_agree(self):
+        close(
+            primitives._shifted(self.x, self.kernel), primitives._grouped(self.x, self.kernel), 1e-6
+        )
+
+    def test_gradients_agree(self):
+        _, ours = jax.vjp(PLAIN.depthwise_conv, self.x, self.kernel)
+        _, theirs = jax.vjp(primitives._grouped, self.x, self.kernel)
+        for a, b in zip(ours(self.g), theirs(self.g), strict=True):
+            close(a, b)
+
+    def test_forward_mode(self):
+        primals, tangents = (self.x, self.kernel), (self.g, self.kernel[::-1])
+        _, ours = jax.jvp(PLAIN.depthwise_conv, primals, tangents)
+        _, theirs = jax.jvp(primitives._grouped, primals, tangents)
+        close(ours, theirs)
+
+    @pytest.mark.parametrize(("platform", "grouped"), [("cpu", False), ("tpu", True)])
+    def test_each_platform_gets_its_own(self, platform, grouped):
+        def loss(x, kernel):
+            return jnp.sum(PLAIN.depthwise_conv(x, kernel) ** 2)
+
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(self.x, self.kernel)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.convolution" in text) == grouped

@@ -1,0 +1,134 @@
+"""What the U-Net refuses, and in which words; parameter paths; a network with other primitives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from random_params import random_params
+
+from dreamlite_jax import pretrained
+from dreamlite_jax.models.primitives import PLAIN
+from dreamlite_jax.models.unet import DREAMLITE, TINY, UNet, UNetConfig
+
+SMALL = dataclasses.replace(
+    TINY, layers_per_block=1, transformer_layers_per_block=1, block_out_channels=(16, 32, 48)
+)
+
+
+def inputs(**changes):
+    values = {
+        "latents": (2, 8, 16, 4),
+        "timesteps": (2,),
+        "context": (2, 5, 64),
+        "mask": (2, 5),
+        "time_ids": (2, 2),
+    } | changes
+    return {k: jnp.ones(v) for k, v in values.items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"latents": (2, 10, 16, 4)}, "latent height 10 and width 16 should be divisible by 4"),
+        ({"latents": (2, 8, 18, 4)}, "latent height 8 and width 18 should be divisible by 4"),
+        ({"latents": (2, 8, 16, 3)}, r"latents \(2, 8, 16, 3\) should be \[B, H, W, 4\]"),
+        ({"context": (2, 5, 63)}, r"context \(2, 5, 63\) should be \[2, L, 64\]"),
+        ({"mask": (2, 4)}, r"mask \(2, 4\) should be \[2, 5\]"),
+        ({"timesteps": (1,)}, r"timesteps \(1,\) should be \[2\]"),
+        ({"time_ids": (2, 6)}, r"time_ids \(2, 6\) should be \[2, 2\]"),
+        ({"time_ids": None}, "time_ids .* are missing"),
+        ({"context": (2, 5, 63), "mask": (2, 4)}, "context.*; mask"),
+    ],
+)
+def test_wrong_inputs(changes, words):
+    shapes = pretrained.param_shapes(pretrained.UNET, SMALL)
+    with pytest.raises(ValueError, match=words) as error:
+        jax.eval_shape(lambda p: UNet(SMALL).apply({"params": p}, **inputs(**changes)), shapes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"class_embed_type": "timestep"}, "class_embed_type='timestep' is not supported"),
+        ({"only_cross_attention": True}, "only_cross_attention=True is not supported"),
+        ({"down_block_types": ["AttnDownBlock2D"] * 3}, "down_block_types has 'AttnDownBlock2D'"),
+        ({"mid_block_type": None}, "mid_block_type has None"),
+        ({"qk_norm": "l2"}, "qk_norm='l2' is not supported"),
+        ({"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type='image_proj'"),
+        ({"encoder_hid_dim": None}, "encoder_hid_dim and encoder_hid_dim_type go together"),
+        ({"addition_embed_type": "text"}, "addition_embed_type='text' is not supported"),
+        ({"projection_class_embeddings_input_dim": 9}, r"2 \* addition_time_embed_dim, got 9"),
+        ({"transformer_layers_per_block": [1, [1, 2], 1]}, "only a whole number for each level"),
+        ({"cross_attention_dim": [1, 2, 3]}, "cross_attention_dim=.* should be one number"),
+        ({"layers_per_block": [1, 2]}, "layers_per_block has 2 values, block_out_channels 3"),
+        ({"attention_head_dim": 5}, "attention_head_dim .number of heads. 5 does not divide"),
+        ({"num_kv_heads": 4}, "not a multiple of num_kv_heads 4"),
+        ({"norm_num_groups": 7}, "not a multiple of norm_num_groups 7"),
+        ({"bogus": 1}, "unknown setting bogus=1"),
+        ({"bogus": 1, "dropout": 0.5}, "bogus=1; dropout=0.5"),
+    ],
+)
+def test_wrong_settings(change, words):
+    with pytest.raises(ValueError, match=words) as error:
+        UNetConfig.from_dict({**SMALL.to_dict(), **change})
+    assert "\n" not in str(error.value)
+
+
+def test_config_round_trip():
+    for config in (DREAMLITE, SMALL, UNetConfig()):
+        assert UNetConfig.from_dict(config.to_dict()) == config
+        hash(config)
+
+
+def test_a_width_of_text_without_a_type_means_a_projection():
+    config = UNetConfig.from_dict({"encoder_hid_dim": 64})
+    assert config.encoder_hid_dim_type == "text_proj"
+
+
+def test_unknown_remat():
+    shapes = pretrained.param_shapes(pretrained.UNET, SMALL)
+    with pytest.raises(ValueError, match='remat: unknown policy "everything"'):
+        jax.eval_shape(
+            lambda p: UNet(SMALL, remat="everything").apply({"params": p}, **inputs()), shapes
+        )
+
+
+def test_paths_are_easy_to_match():
+    paths = {"/".join(p) for p in flatten_dict(pretrained.param_shapes(pretrained.UNET, SMALL))}
+    for path in (
+        "down_blocks_2/attentions_0/transformer_blocks_0/attn1/to_q/kernel",
+        "mid_block/resnets_1/time_emb_proj/bias",
+        "up_blocks_0/upsamplers_0/conv/kernel",
+        "encoder_hid_proj_1/scale",
+    ):
+        assert path in paths
+    assert not any("attn1" in path for path in paths if path.startswith("down_blocks_0"))
+
+
+def test_another_set_of_primitives_reaches_every_layer():
+    """A lowering passes its own forms; here each counts its calls and computes as before."""
+    calls = dict.fromkeys(PLAIN._fields, 0)
+
+    def counted(name):
+        def form(*args, **kw):
+            calls[name] += 1
+            return getattr(PLAIN, name)(*args, **kw)
+
+        return form
+
+    ops = PLAIN._replace(**{name: counted(name) for name in PLAIN._fields})
+    params = random_params(pretrained.UNET, SMALL)
+
+    def run(module):
+        return jax.jit(lambda p: module.apply({"params": p}, **inputs()))(params)
+
+    plain, ours = run(UNet(SMALL)), run(UNet(SMALL, ops=ops))
+    np.testing.assert_array_equal(plain, ours)
+    assert all(calls.values()), calls
+    # every product with a parameter goes through linear, conv or depthwise_conv
+    kernels = sum(path[-1] == "kernel" for path in flatten_dict(params))
+    assert calls["linear"] + calls["conv"] + calls["depthwise_conv"] == kernels
