@@ -1,0 +1,35 @@
+# Everything a fresh machine with Python 3.11 and make needs: each target makes .venv and fills it.
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.base
+	$(RUN) -m launch.demo
+
+test: lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/.dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+
+$(VENV)/.base: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(RUN) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(RUN) -m pip install --quiet --editable ".[dev,parity]"
+	touch $@ $(VENV)/.base

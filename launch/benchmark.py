@@ -1,0 +1,57 @@
+"""Measures this project beside what people would otherwise use, in one run.
+
+    python -m launch.benchmark --suite=unet|sample
+
+Prints one row a case: time of each contender, the ratio ours / theirs (below 1: ours is faster) and
+peak memory. Numbers are for the machine it runs on; quote the ratio. Needs the extra "parity".
+"""
+
+import importlib
+import os
+import re
+
+from absl import app, flags
+
+from launch.benchmarks.compare import Timing, compare
+
+_SUITES = ("unet", "sample")
+_SUITE = flags.DEFINE_enum("suite", None, _SUITES, "What to measure.", required=True)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of every contender.", lower_bound=1)
+_ONLY = flags.DEFINE_string("only", "", "Regex: the cases to run.")
+_WITHOUT = flags.DEFINE_list("without", [], "Contenders to leave out, e.g. compile.")
+
+
+def row(case: str, timings: list[Timing]) -> str:
+    """A Markdown row: case, each contender's milliseconds and MiB, ratios to the first."""
+    ours, *others = timings
+    cells = [case]
+    for timing in timings:
+        cells.append(
+            timing.error
+            or f"{timing.median_ms:.1f} ms, {timing.peak_mib:.0f} MiB peak, "
+            f"{timing.preparation:.0f} s to prepare"
+        )
+    for other in others:
+        failed = ours.error or other.error
+        cells.append("-" if failed else f"{ours.ratio(other):.2f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def main(_: list[str]) -> None:
+    suite = importlib.import_module(f"launch.benchmarks.{_SUITE.value}")
+    print(f"{os.cpu_count()} CPU cores; medians of {_ROUNDS.value} turns\n")
+    headed = False
+    for case, contenders in suite.cases():
+        if not re.search(_ONLY.value, case):
+            continue
+        contenders = [c for c in contenders if c.name not in _WITHOUT.value]
+        names = [contender.name for contender in contenders]
+        if not headed:
+            head = ["case", *names, *(f"{names[0]} / {name}" for name in names[1:])]
+            print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
+            headed = True
+        print(row(case, compare(contenders, _ROUNDS.value)), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,109 @@
+"""Times contenders against each other: each in a process of its own, taking turns step by step.
+
+Turns, not blocks, because a machine's speed drifts; the ratio is taken turn by turn. Processes of
+their own, because peak memory is a process's, and so are thread pools.
+"""
+
+import multiprocessing
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+WARM_UP_STEPS = 2
+
+
+class Contender(NamedTuple):
+    """make(**arguments) prepares and returns `step`; step() runs once and waits for the result.
+
+    make is a module-level function: it is called in a fresh process.
+    """
+
+    name: str
+    make: Callable[..., Callable[[], Any]]
+    arguments: dict[str, Any]
+
+
+class Timing(NamedTuple):
+    """What one contender did: seconds of every counted step, of preparation, and peak MiB.
+
+    Peak memory is the process's highest resident set while it prepared and ran. Where a contender
+    failed, `error` says why in a line and the rest is empty.
+    """
+
+    name: str
+    seconds: list[float]
+    preparation: float
+    peak_mib: float
+    error: str = ""
+
+    @property
+    def median_ms(self) -> float:
+        return 1e3 * statistics.median(self.seconds)
+
+    def ratio(self, other: "Timing") -> float:
+        """Median over the turns of this contender's time by the other's (below 1: faster)."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def compare(contenders: list[Contender], rounds: int) -> list[Timing]:
+    """Prepares all contenders one by one, then lets them take `rounds` turns of a step each."""
+    context = multiprocessing.get_context("spawn")
+    running = []
+    for contender in contenders:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, contender), daemon=True)
+        process.start()
+        theirs.close()  # so that a process which dies is an end of file here, not a wait for ever
+        running.append((contender, process, ours, _receive(ours)))
+    seconds = {contender.name: [] for contender, _, _, ready in running if "error" not in ready}
+    for _ in range(rounds):
+        for contender, _, pipe, ready in running:
+            if "error" not in ready:
+                pipe.send("step")
+                seconds[contender.name].append(_receive(pipe)["seconds"])
+    return list(_finish(running, seconds))
+
+
+def _finish(running: list, seconds: dict[str, list[float]]) -> Iterator[Timing]:
+    for contender, process, pipe, ready in running:
+        if "error" in ready:
+            yield Timing(contender.name, [], 0.0, 0.0, ready["error"])
+        else:
+            pipe.send("stop")
+            peak = _receive(pipe)["peak_mib"]
+            yield Timing(contender.name, seconds[contender.name], ready["preparation"], peak)
+        process.join()
+
+
+def _receive(pipe: Any) -> dict[str, Any]:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return {"error": "the process died (out of memory?)"}
+
+
+def _serve(pipe: Any, contender: Contender) -> None:
+    """The contender's process: prepare, then a step for every "step", then its peak memory."""
+    start = time.perf_counter()
+    try:
+        step = contender.make(**contender.arguments)
+        for _ in range(WARM_UP_STEPS):
+            step()
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send({"error": f"{type(error).__name__}: {str(error).splitlines()[:1]}"})
+        return
+    pipe.send({"preparation": time.perf_counter() - start})
+    while pipe.recv() == "step":
+        start = time.perf_counter()
+        step()
+        pipe.send({"seconds": time.perf_counter() - start})
+    pipe.send({"peak_mib": _peak_mib()})
+
+
+def _peak_mib() -> float:
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
