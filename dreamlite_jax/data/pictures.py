@@ -1,0 +1,118 @@
+"""Pictures on the host: files, sizes, value ranges, contact sheets. NumPy and Pillow only.
+
+Shapes: H and W are pixels. A picture is uint8 [H, W, 3] or Pillow's RGB; the autoencoder takes and
+gives float32 [H, W, 3] in [-1, 1].
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+
+class PictureError(ValueError):
+    """A file that is no readable picture: one line."""
+
+
+def read_picture(file: str | os.PathLike) -> Image.Image:
+    """RGB, turned as its EXIF data says (as diffusers' `load_image`).
+
+    Raises:
+      PictureError: no such file, or not a picture.
+    """
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise PictureError(f"{file}: no such file") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise PictureError(f"{file}: not a readable picture ({error})") from error
+
+
+def resized(image: Image.Image, height: int, width: int) -> Image.Image:
+    """LANCZOS, aspect ratio not kept, as diffusers' `VaeImageProcessor.resize`."""
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def to_floats(image: Image.Image | np.ndarray) -> np.ndarray:
+    """uint8 [..., H, W, 3] -> float32 in [-1, 1], as diffusers' `VaeImageProcessor.preprocess`."""
+    return 2 * (np.asarray(image).astype(np.float32) / 255) - 1
+
+
+def to_bytes(values: np.ndarray) -> np.ndarray:
+    """float32 in [-1, 1] (clipped) -> uint8, as diffusers' `VaeImageProcessor.postprocess`."""
+    return (np.clip(values * 0.5 + 0.5, 0, 1) * 255).round().astype(np.uint8)
+
+
+def write_png(
+    file: str | os.PathLike,
+    picture: Image.Image | np.ndarray,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a PNG with text notes; the file appears whole or not at all."""
+    file, info = Path(file), PngInfo()
+    for key, value in (notes or {}).items():
+        info.add_itxt(key, value)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{file.stem}-", suffix=".png", dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+            image.save(stream, "PNG", pnginfo=info)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(scratch, 0o666 & ~umask)  # mkstemp's files are for their owner alone
+        os.replace(scratch, file)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+
+
+_MARGIN, _LINE = 8, 20  # of a contact sheet, in pixels
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[np.ndarray | Image.Image]], captions: Sequence[str], cell: int = 256
+) -> Image.Image:
+    """One row of pictures for each caption, which stands above it (cut where it is too long).
+
+    Pictures are scaled to fit squares of `cell` pixels, aspect ratio kept, never enlarged beyond
+    whole multiples of their pixels.
+    """
+    columns = max(map(len, rows))
+    width = _MARGIN + columns * (cell + _MARGIN)
+    height = _MARGIN + len(rows) * (_LINE + cell + _MARGIN)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for i, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        top = _MARGIN + i * (_LINE + cell + _MARGIN)
+        draw.text((_MARGIN, top), _fitted(draw, caption, font, width - 2 * _MARGIN), "black", font)
+        for j, picture in enumerate(row):
+            thumbnail = _thumbnail(picture, cell)
+            left = _MARGIN + j * (cell + _MARGIN) + (cell - thumbnail.width) // 2
+            sheet.paste(thumbnail, (left, top + _LINE + (cell - thumbnail.height) // 2))
+    return sheet
+
+
+def _thumbnail(picture: np.ndarray | Image.Image, cell: int) -> Image.Image:
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    longest = max(image.size)
+    if longest <= cell:
+        factor = cell // longest
+        size = (image.width * factor, image.height * factor)
+        return image.resize(size, Image.Resampling.NEAREST)
+    size = [max(1, side * cell // longest) for side in image.size]
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _fitted(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> str:
+    text = " ".join(text.split())
+    if draw.textlength(text, font) <= width:
+        return text
+    while text and draw.textlength(text + "...", font) > width:
+        text = text[:-1]
+    return text + "..."

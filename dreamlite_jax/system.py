@@ -1,0 +1,530 @@
+"""The three networks together: texts and pictures in, velocities and pictures out.
+
+`load` reads a model directory, `save` writes one. The jitted functions are pure: `config` is
+static and hashable, `params` are those of the one network that is asked; training calls the same
+functions from within its own jit.
+
+Shapes: B batch, H and W pixels, h and w latent pixels (H / 8), c latent channels, L context tokens,
+F text feature width.
+
+A model directory is diffusers' own; the one file added to it is `prompts.json`, only where a
+tokenizer's template prefixes are not Qwen's 34 and 64 tokens long:
+`{"drop": {"generate": 34, "edit": 64}}`.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from PIL import Image
+
+from dreamlite_jax import pretrained
+from dreamlite_jax.data import pictures, prompts
+from dreamlite_jax.data.prompts import EDIT, GENERATE, DropCounts, Prompter
+from dreamlite_jax.diffusion import flow, sampling
+from dreamlite_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from dreamlite_jax.models.qwen3_vl.config import Qwen3VLConfig
+from dreamlite_jax.models.qwen3_vl.model import Qwen3VL
+from dreamlite_jax.models.unet import UNet, UNetConfig
+from dreamlite_jax.pretrained import ModelDirectoryError, Params
+
+PIPELINES = {False: "DreamLitePipeline", True: "DreamLiteMobilePipeline"}  # by Config.mobile
+NETWORKS = {
+    "unet": pretrained.UNET,
+    "vae": pretrained.AUTOENCODER,
+    "text_encoder": pretrained.TEXT_ENCODER,
+}
+FOLDERS = (*NETWORKS, "tokenizer", "processor", "scheduler")
+_INDEX, _PROMPTS, _SCHEDULER = "model_index.json", "prompts.json", "scheduler_config.json"
+
+
+class SettingsError(ValueError):
+    """Settings that this model cannot sample with: one line."""
+
+
+class Config(NamedTuple):
+    """All that is static about a model. `dtype` is what the networks compute in."""
+
+    unet: UNetConfig
+    vae: AutoencoderConfig
+    text_encoder: Qwen3VLConfig
+    shift: flow.ResolutionShift = flow.ResolutionShift()
+    drop: DropCounts = DropCounts()
+    mobile: bool = False
+    dtype: Any = jnp.float32
+
+    @property
+    def pixel_multiple(self) -> int:
+        """What height and width of a picture must be multiples of: both networks' factors."""
+        return self.vae.factor * 2 ** (self.unet.levels - 1)
+
+    @property
+    def default_side(self) -> int:
+        """Side in pixels of pictures whose size nobody asked for: 1024 for the release."""
+        return (self.unet.sample_size or 128) * self.vae.factor
+
+
+class System(NamedTuple):
+    """A loaded model. `params` has the keys of NETWORKS; `folder` is where the rest came from."""
+
+    config: Config
+    params: dict[str, Params]
+    prompter: Prompter
+    folder: Path
+
+
+class Texts(NamedTuple):
+    """Encoded texts: context [B, L, F], zero at padding, and mask bool [B, L]."""
+
+    context: Array
+    mask: Array
+
+
+class Condition(NamedTuple):
+    """What the U-Net sees beside xt: texts, source latents [B, h, w, c] (zeros: none), time_ids
+    float32 [B, 2]."""
+
+    texts: Texts
+    source: Array
+    time_ids: Array
+
+
+# --- The networks' work ---------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("config", "drop"))
+def encode_texts(
+    config: Config,
+    params: Params,
+    inputs: prompts.QwenInputs,
+    drop: int,
+    pad_embedding: Array | None = None,
+) -> Texts:
+    """The encoder's last hidden states behind the template's prefix of `drop` tokens.
+
+    Args:
+      params: of the text encoder.
+      inputs: of `prompts.prompt_inputs`.
+      pad_embedding: [F], stands at padding instead of zeros. (The U-Net masks padding either way.)
+    """
+    model = Qwen3VL(config.text_encoder, config.dtype)
+    hidden = model.apply({"params": params}, inputs)[:, drop:]
+    mask = inputs["attention_mask"][:, drop:]
+    padding = jnp.zeros((), hidden.dtype) if pad_embedding is None else pad_embedding
+    return Texts(jnp.where(mask[:, :, None], hidden, padding.astype(hidden.dtype)), mask)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def encode_pictures(config: Config, params: Params, values: Array) -> Array:
+    """float32 [B, H, W, 3] in [-1, 1] -> latents float32 [B, h, w, c]; params of the
+    autoencoder."""
+    model = Autoencoder(config.vae, config.dtype)
+    return model.apply({"params": params}, values, method="encode")
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def decode_latents(config: Config, params: Params, latents: Array) -> Array:
+    """Latents [B, h, w, c] -> float32 [B, H, W, 3], about [-1, 1]; params of the autoencoder."""
+    model = Autoencoder(config.vae, config.dtype)
+    return model.apply({"params": params}, latents, method="decode")
+
+
+def time_ids(height: int, width: int, batch: int) -> Array:
+    """float32 [B, 2]: (width, height) of the target in pixels."""
+    return jnp.tile(jnp.array([[width, height]], jnp.float32), (batch, 1))
+
+
+def velocity(config: Config, params: Params, xt: Array, sigma: Array, at: Condition) -> Array:
+    """v [B, h, w, c] of xt [B, h, w, c] at sigma, a scalar or [B]; params of the U-Net.
+
+    The U-Net sees `[xt | source]` along the width; the left half of its answer counts.
+    """
+    both = jnp.concatenate([xt, at.source.astype(xt.dtype)], axis=2)
+    timesteps = jnp.broadcast_to(flow.timestep(sigma), xt.shape[:1])
+    model = UNet(config.unet, config.dtype)
+    vt = model.apply({"params": params}, both, timesteps, *at.texts, at.time_ids)
+    return vt[:, :, : xt.shape[2]]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "image_guidance", "method", "on_step"))
+def sample_latents(
+    config: Config,
+    params: Params,
+    noise: Array,
+    sigmas: Array,
+    texts: Texts,
+    null: Texts | None = None,
+    source: Array | None = None,
+    guidance: float | Array = 1.0,
+    image_guidance: float = 1.0,
+    method: str = "euler",
+    on_step: Callable[[Array], None] | None = None,
+) -> Array:
+    """x0 float32 [B, h, w, c] from noise of that shape; params of the U-Net.
+
+    Args:
+      sigmas: float32 [N + 1], see `flow.sigma_list`.
+      texts: the prompts.
+      null: the null prompts, in edit mode encoded with the same source; None: no guidance (mobile).
+      source: latents [B, h, w, c] of the pictures to edit; None: generate.
+      guidance: of the text.
+      image_guidance: of the source, with `null` in edit mode. Static: 1 saves a branch.
+      method, on_step: see `sampling.sample`.
+    """
+    blank, b = jnp.zeros_like(noise), noise.shape[0]
+    factor = config.vae.factor
+    sizes = time_ids(noise.shape[1] * factor, noise.shape[2] * factor, b)
+    model = functools.partial(velocity, config, params)
+
+    target = Condition(texts, blank if source is None else source, sizes)
+    if null is None:
+        velocity_fn = sampling.plain(model, target)
+    elif source is None:
+        velocity_fn = sampling.single_guidance(
+            model, Condition(null, blank, sizes), target, guidance
+        )
+    else:
+        nothing, image = Condition(null, blank, sizes), Condition(null, source, sizes)
+        velocity_fn = sampling.dual_guidance(
+            model, nothing, image, target, guidance, image_guidance
+        )
+    return sampling.sample(velocity_fn, noise, sigmas, method, on_step)
+
+
+# --- Prompts to pictures --------------------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """How to sample; None: the model's own default (`resolve`)."""
+
+    height: int | None = None  # pixels
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    image_guidance: float | None = None
+    negative_prompt: str = prompts.NULL
+    method: str = "euler"
+    truncate: bool = False  # cut prompts that are too long
+    batch_size: int = 1  # pictures at a time
+
+
+def resolve(settings: Settings, config: Config, source: Image.Image | None = None) -> Settings:
+    """Settings with diffusers' defaults filled in and checked.
+
+    Steps 30 (mobile: 4), guidance 3.5, image guidance 1.5; the size is that of the source, down to
+    a multiple that the networks can take, or the model's own.
+
+    Raises:
+      SettingsError: a size that is no multiple of `config.pixel_multiple`, less than one step, ...
+    """
+    height, width, multiple = settings.height, settings.width, config.pixel_multiple
+    if height is None and width is None and source is not None:
+        width, height = (max(side // multiple, 1) * multiple for side in source.size)
+    settings = settings._replace(
+        height=height or config.default_side,
+        width=width or config.default_side,
+        steps=(4 if config.mobile else 30) if settings.steps is None else settings.steps,
+        guidance=3.5 if settings.guidance is None else settings.guidance,
+        image_guidance=1.5 if settings.image_guidance is None else settings.image_guidance,
+    )
+    problems = [
+        f"{name} {value} is not a positive multiple of {multiple}; the nearest are "
+        f"{max(value // multiple, 1) * multiple} and {(max(value // multiple, 1) + 1) * multiple}"
+        for name, value in (("height", settings.height), ("width", settings.width))
+        if value < multiple or value % multiple
+    ]
+    for name, value in (("steps", settings.steps), ("batch size", settings.batch_size)):
+        if value < 1:
+            problems.append(f"{name} is {value}, should be at least 1")
+    if settings.method not in sampling.METHODS:
+        problems.append(
+            f"method is {settings.method!r}, supported are {' and '.join(sampling.METHODS)}"
+        )
+    if problems:
+        raise SettingsError("; ".join(problems))
+    return settings
+
+
+def initial_noise(config: Config, seed: int, height: int, width: int) -> np.ndarray:
+    """float32 [h, w, c] for a picture of height x width pixels; the same on every backend and in
+    every batch."""
+    factor = config.vae.factor
+    shape = (height // factor, width // factor, config.vae.latent_channels)
+    return np.asarray(jax.random.normal(jax.random.key(seed), shape, jnp.float32))
+
+
+def encode_prompts(
+    system: System,
+    mode: str,
+    texts: Sequence[str],
+    images: Sequence[Image.Image] | None = None,
+    truncate: bool = False,
+    batch_size: int = 8,
+) -> Texts:
+    """Texts (tagged or null) of one mode, with an image each in edit mode, as NumPy.
+
+    They are encoded `batch_size` at a time, the last batch filled up, so the encoder is compiled
+    once for each bucket of lengths. Raises as `prompts.prompt_inputs`.
+    """
+    drop, parts = getattr(system.config.drop, mode), []
+    for rows in _batches(len(texts), batch_size):
+        inputs = prompts.prompt_inputs(
+            system.prompter,
+            mode,
+            [texts[i] for i in rows],
+            None if images is None else [images[i] for i in rows],
+            truncate=truncate,
+        )
+        parts.append(encode_texts(system.config, system.params["text_encoder"], inputs, drop))
+    length = max(part.mask.shape[1] for part in parts)
+
+    def joined(arrays):  # padded to one length, without the rows that filled up the last batch
+        widened = [
+            np.pad(a, [(0, 0), (0, length - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
+            for a in map(np.asarray, arrays)
+        ]
+        return np.concatenate(widened)[: len(texts)]
+
+    return Texts(joined([p.context for p in parts]), joined([p.mask for p in parts]))
+
+
+def generate(
+    system: System,
+    requests: Sequence[str],
+    noise: np.ndarray,
+    settings: Settings,
+    sources: Sequence[Image.Image] | None = None,
+    on_step: Callable[[Array], None] | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields for each of N prompts its latent float32 [h, w, c] and its picture uint8 [H, W, 3].
+
+    Everything runs in batches of `settings.batch_size`, the last one filled up, so that another N
+    compiles nothing. A prompt that comes several times is encoded once.
+
+    Args:
+      requests: N prompts, untagged.
+      noise: float32 [N, h, w, c].
+      settings: as `resolve` returns them.
+      sources: N RGB pictures to edit, of any size; None: generate.
+      on_step: see `sampling.sample`.
+    """
+    config, params = system.config, system.params
+    mode = GENERATE if sources is None else EDIT
+    nulls = [] if config.mobile else [settings.negative_prompt] * len(requests)
+    texts = [*(prompts.tagged(mode, prompt) for prompt in requests), *nulls]
+    images = None if sources is None else [*sources, *(sources if nulls else ())]
+    keys = [(text, None if images is None else id(images[i])) for i, text in enumerate(texts)]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}  # each text's first place
+    places = {key: row for row, key in enumerate(first)}
+    encoded = encode_prompts(
+        system,
+        mode,
+        [texts[i] for i in first.values()],
+        None if images is None else [images[i] for i in first.values()],
+        settings.truncate,
+        settings.batch_size * (2 if nulls else 1),
+    )
+
+    def gathered(rows):
+        chosen = [places[keys[i]] for i in rows]
+        return Texts(*(array[chosen] for array in encoded))
+
+    latent_size = (settings.height // config.vae.factor, settings.width // config.vae.factor)
+    sigmas = flow.sigma_list(settings.steps, flow.resolution_mu(*latent_size, config.shift))
+    done = 0
+    for rows in _batches(len(requests), settings.batch_size):
+        latents = sample_latents(
+            config,
+            params["unet"],
+            noise[rows],
+            sigmas,
+            gathered(rows),
+            gathered([len(requests) + i for i in rows]) if nulls else None,
+            None if sources is None else _source_latents(system, settings, sources, rows),
+            settings.guidance,
+            settings.image_guidance,
+            settings.method,
+            on_step,
+        )
+        decoded = pictures.to_bytes(np.asarray(decode_latents(config, params["vae"], latents)))
+        for latent, picture in zip(np.asarray(latents), decoded, strict=True):
+            if done < len(requests):
+                yield latent, picture
+            done += 1
+
+
+def _source_latents(
+    system: System, settings: Settings, sources: Sequence[Image.Image], rows: list[int]
+) -> Array:
+    fitted = [pictures.resized(sources[i], settings.height, settings.width) for i in rows]
+    values = np.stack([pictures.to_floats(image) for image in fitted])
+    return encode_pictures(system.config, system.params["vae"], values)
+
+
+def _batches(n: int, size: int) -> Iterator[list[int]]:
+    """0 to n - 1 in lists of `size`; the last one repeats n - 1 until it is full."""
+    for start in range(0, n, size):
+        yield [min(i, n - 1) for i in range(start, start + size)]
+
+
+# --- Model directories ----------------------------------------------------------------------------
+
+
+def load(
+    model_dir: str | os.PathLike, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+) -> System:
+    """Reads a whole model directory.
+
+    Args:
+      dtype: what the networks compute in.
+      param_dtype: of the parameters; dtype for sampling in half precision.
+
+    Raises:
+      ModelDirectoryError: no such directory, missing or unusable parts, a tokenizer that does not
+        fit the encoder or the number of tokens to drop.
+    """
+    folder = Path(model_dir)
+    mobile = _read_index(folder)
+    networks = {
+        name: pretrained.read(folder, component, param_dtype)
+        for name, component in NETWORKS.items()
+    }
+    settings = pretrained.read_json(folder / "scheduler" / _SCHEDULER)
+    try:
+        shift = flow.ResolutionShift.from_scheduler(settings)
+    except (ValueError, TypeError) as error:
+        raise ModelDirectoryError(f"{folder / 'scheduler' / _SCHEDULER}: {error}") from error
+    prompter = load_prompter(folder, networks["text_encoder"][0])
+    configs = {name: config for name, (config, _) in networks.items()}
+    config = Config(**configs, shift=shift, drop=prompter.drop, mobile=mobile, dtype=dtype)
+    return System(
+        config, {name: params for name, (_, params) in networks.items()}, prompter, folder
+    )
+
+
+def load_prompter(model_dir: str | os.PathLike, config: Qwen3VLConfig) -> Prompter:
+    """The host's part of a model directory alone: tokenizer, image processor, tokens to drop.
+
+    Raises as `load`.
+    """
+    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil  # slow to import
+
+    folder = Path(model_dir)
+    tokenizer = _opened(AutoTokenizer, folder / "tokenizer")
+    image_processor = _opened(Qwen2VLImageProcessorPil, folder / "processor")
+    counted = prompts.drop_counts(tokenizer)
+    drop = _read_drop_counts(folder)
+    problems = [
+        f"{token} is token {tokenizer.convert_tokens_to_ids(token)}, but {expected} for the encoder"
+        for token, expected in (
+            (prompts.IMAGE_PAD, config.image_token_id),
+            ("<|vision_start|>", config.vision_start_token_id),
+            ("<|vision_end|>", config.vision_end_token_id),
+        )
+        if tokenizer.convert_tokens_to_ids(token) != expected
+    ]
+    if len(tokenizer) > config.text.vocab_size:
+        problems.append(f"it has {len(tokenizer)} tokens, but the encoder {config.text.vocab_size}")
+    if counted != drop:
+        problems.append(
+            f"its template prefixes take {tuple(counted)} tokens, but {tuple(drop)} are to be "
+            f'dropped; put {{"drop": {{"generate": {counted.generate}, "edit": {counted.edit}}}}} '
+            f"into {_PROMPTS}"
+        )
+    for name, ours in (
+        ("patch_size", config.vision.patch_size),
+        ("temporal_patch_size", config.vision.temporal_patch_size),
+        ("merge_size", config.vision.spatial_merge_size),
+    ):
+        if (theirs := getattr(image_processor, name)) != ours:
+            problems.append(f"the processor's {name} is {theirs}, but {ours} for the encoder")
+    if problems:
+        raise ModelDirectoryError(f"{folder / 'tokenizer'}: {'; '.join(problems)}")
+    return Prompter(tokenizer, image_processor, config.input_numbers, drop)
+
+
+def save(system: System, model_dir: str | os.PathLike, dtype: Any = None) -> None:
+    """Writes a whole model directory, which diffusers opens with its pipeline.
+
+    Tokenizer and processor are copied from `system.folder`. The index comes last: a directory with
+    a model_index.json is complete.
+
+    Args:
+      dtype: of the tensors in the files; None keeps each parameter's own.
+    """
+    folder = Path(model_dir)
+    for name, component in NETWORKS.items():
+        config = getattr(system.config, name)
+        pretrained.write(folder, component, config, system.params[name], dtype)
+    if folder.resolve() != system.folder.resolve():
+        for name in ("tokenizer", "processor"):
+            with pretrained.replaced_folder(folder / name) as new:
+                shutil.copytree(system.folder / name, new, dirs_exist_ok=True)
+    write_settings(folder, system.config)
+
+
+def write_settings(model_dir: Path, config: Config) -> None:
+    """The small files of a model directory: scheduler/, prompts.json, and model_index.json."""
+    with pretrained.replaced_folder(model_dir / "scheduler") as new:
+        pretrained.write_json(new / _SCHEDULER, config.shift.to_scheduler())
+    (model_dir / _PROMPTS).unlink(missing_ok=True)
+    if config.drop != DropCounts():
+        pretrained.write_json(model_dir / _PROMPTS, {"drop": config.drop._asdict()})
+    index = {
+        "_class_name": PIPELINES[config.mobile],
+        "processor": ["transformers", "Qwen3VLProcessor"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
+        "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+        "unet": ["diffusers", "DreamLiteUNetModel"],
+        "vae": ["diffusers", "AutoencoderTiny"],
+    }
+    pretrained.write_json(model_dir / _INDEX, index)
+
+
+def _read_index(folder: Path) -> bool:
+    """Whether the model is a mobile one, after checking that all its parts are there."""
+    if not folder.is_dir():
+        raise ModelDirectoryError(f"{folder}: no such directory")
+    missing = [f"{name}/" for name in FOLDERS if not (folder / name).is_dir()]
+    if not (folder / _INDEX).is_file():
+        missing.append(_INDEX)
+    if missing:
+        raise ModelDirectoryError(
+            f"{folder}: lacks {', '.join(missing)}; expected a diffusers model directory"
+        )
+    name = pretrained.read_json(folder / _INDEX).get("_class_name")
+    if name not in PIPELINES.values():
+        raise ModelDirectoryError(
+            f"{folder / _INDEX}: _class_name is {name!r}, supported are "
+            f"{' and '.join(PIPELINES.values())}"
+        )
+    return name == PIPELINES[True]
+
+
+def _read_drop_counts(folder: Path) -> DropCounts:
+    if not (folder / _PROMPTS).is_file():
+        return DropCounts()
+    drop = pretrained.read_json(folder / _PROMPTS).get("drop")
+    try:
+        return DropCounts(**drop)
+    except TypeError as error:
+        raise ModelDirectoryError(
+            f'{folder / _PROMPTS}: expected {{"drop": {{"generate": ..., "edit": ...}}}}'
+        ) from error
+
+
+def _opened(kind: Any, folder: Path) -> Any:
+    """A transformers object from a folder; its errors become one line."""
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises nearly everything here
+        reason = " ".join(str(error).split())
+        raise ModelDirectoryError(f"{folder}: {reason}") from error

@@ -1,0 +1,149 @@
+"""A complete model directory from nothing: tiny random networks and a tokenizer made on the spot.
+
+For first steps, demonstrations and tests. Pictures of a random model are noise; all else (files,
+shapes, modes, tokens to drop) is as in a released model, and diffusers opens the directory.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dreamlite_jax import pretrained, system
+from dreamlite_jax.data import prompts
+from dreamlite_jax.models import autoencoder, unet
+from dreamlite_jax.models.qwen3_vl import config as qwen3_vl
+
+# Qwen's special tokens in the order of their ids, which the tiny encoder's config knows; 256 bytes
+# stand before them.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|im_start|>",
+    "<|im_end|>",
+)
+VOCAB_SIZE = 512
+
+# preprocessor_config.json and video_preprocessor_config.json as Qwen3-VL is released with them.
+_PIXELS = {
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "processor_class": "Qwen3VLProcessor",
+}
+_IMAGES = {
+    **_PIXELS,
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+    "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+}
+_VIDEOS = {
+    **_PIXELS,
+    "video_processor_type": "Qwen3VLVideoProcessor",
+    "size": {"longest_edge": 25165824, "shortest_edge": 4096},
+}
+
+
+def config(mobile: bool = False) -> system.Config:
+    """The TINY presets together; the encoder's vocabulary has room for `tokenizer`."""
+    encoder = qwen3_vl.TINY
+    text = dataclasses.replace(encoder.text, vocab_size=VOCAB_SIZE)
+    return system.Config(
+        unet=unet.TINY,
+        vae=autoencoder.TINY,
+        text_encoder=dataclasses.replace(encoder, text=text),
+        drop=prompts.drop_counts(tokenizer()),
+        mobile=mobile,
+    )
+
+
+def tokenizer() -> Any:
+    """A byte-level BPE of Qwen's kind, trained on the chat templates: every word of theirs is one
+    token, as for Qwen, so the templates' prefixes are 34 and 64 tokens long here too."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    words = [prompts.templated(mode, prompts.tagged(mode, "")) for mode in prompts.MODES]
+    special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+    learner.train_from_iterator([part for text in words for part in special.split(text)], trainer)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+
+    tokens = [*alphabet, *SPECIAL_TOKENS]
+    tokens += dict.fromkeys("".join(merge) for merge in merges)
+    return Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=merges,
+        eos_token="<|im_end|>",
+        extra_special_tokens=list(SPECIAL_TOKENS[1:]),
+    )
+
+
+def write_processor(folder: Path, encoder: qwen3_vl.Qwen3VLConfig) -> None:
+    """A `processor/` folder in the released form, for the encoder's patches, with the tokenizer."""
+    vision = encoder.vision
+    patches = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    tokenizer().save_pretrained(folder)
+    pretrained.write_json(folder / "preprocessor_config.json", {**_IMAGES, **patches})
+    pretrained.write_json(folder / "video_preprocessor_config.json", {**_VIDEOS, **patches})
+
+
+def random_params(shapes: pretrained.Params, seed: int) -> pretrained.Params:
+    """Parameters for `pretrained.param_shapes`, drawn with NumPy: nothing is compiled.
+
+    Kernels and embeddings keep the variance of what passes through them; norms lie around 1 and
+    biases around 0, but none of them there, lest a test miss a forgotten one.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        if path[-1] == "kernel":
+            return noise * np.sqrt(1 / np.prod(leaf.shape[:-1]), dtype=np.float32)
+        if path[-1] == "embedding":
+            return noise
+        return 0.1 * noise + np.float32(path[-1] == "scale")
+
+    return unflatten_dict({path: draw(path, leaf) for path, leaf in flatten_dict(shapes).items()})
+
+
+def tiny_model_dir(model_dir: str | os.PathLike, seed: int = 0, mobile: bool = False) -> Path:
+    """Writes a complete random model directory (14 MB) and returns its path.
+
+    The tokens to drop are counted with the tokenizer that is written, never taken from elsewhere.
+    """
+    folder, settings = Path(model_dir), config(mobile)
+    for name, component in system.NETWORKS.items():
+        network = getattr(settings, name)
+        params = random_params(pretrained.param_shapes(component, network), seed)
+        pretrained.write(folder, component, network, params)
+    with pretrained.replaced_folder(folder / "tokenizer") as new:
+        tokenizer().save_pretrained(new)
+    with pretrained.replaced_folder(folder / "processor") as new:
+        write_processor(new, settings.text_encoder)
+    system.write_settings(folder, settings)
+    return folder

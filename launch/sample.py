@@ -1,0 +1,226 @@
+"""Pictures from prompts: text to image and, with --image, image editing.
+
+    python -m launch.sample --model=DIR --prompt="a red boat" --out=boat.png
+    python -m launch.sample --model=DIR --prompt="a blue sail" --image=boat.png --out=edited.png
+    python -m launch.sample --model=DIR --prompts_file=prompts.txt --num_images=4 --out=DIR \\
+      --contact_sheet=sheet.png
+
+One picture goes to --out; several go to --out-000.png, --out-001.png, ... or, where --out does not
+end in .png, into that folder. Each PNG holds its settings, so `--seed` of a picture makes it again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from PIL import Image
+from tqdm import tqdm
+
+from dreamlite_jax import system as systems
+from dreamlite_jax.data import pictures
+from dreamlite_jax.diffusion import sampling
+from launch import cli
+
+NOTE = "dreamlite_jax"  # the PNG's text chunk with the settings, as JSON
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+MODEL = flags.DEFINE_string("model", None, "model directory (diffusers layout)", required=True)
+PROMPT = flags.DEFINE_string("prompt", None, "what to draw, or how to edit --image")
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "text file with one prompt a line")
+NEGATIVE = flags.DEFINE_string("negative_prompt", "", "what guidance leads away from")
+IMAGE = flags.DEFINE_string("image", None, "picture to edit; without it pictures are generated")
+OUT = flags.DEFINE_string("out", None, "PNG file, or folder for several pictures", required=True)
+SHEET = flags.DEFINE_string("contact_sheet", None, "PNG file for an overview of all pictures")
+LATENTS = flags.DEFINE_string("latents", None, ".npy file for the final latents [N, H/8, W/8, 4]")
+HEIGHT = flags.DEFINE_integer("height", None, "pixels; default: --image's, or the model's own")
+WIDTH = flags.DEFINE_integer("width", None, "pixels; default: --image's, or the model's own")
+STEPS = flags.DEFINE_integer("steps", None, "sampling steps; default: 30, mobile models 4")
+GUIDANCE = flags.DEFINE_float("guidance", None, "text guidance; default: 3.5")
+IMAGE_GUIDANCE = flags.DEFINE_float(
+    "image_guidance", None, "image guidance when editing; default: 1.5; 1 is a third cheaper"
+)
+METHOD = flags.DEFINE_enum("method", "euler", sampling.METHODS, "sampler")
+SEED = flags.DEFINE_integer(
+    "seed", 0, "of the first picture of each prompt; the next ones count on"
+)
+NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "pictures for each prompt", lower_bound=1)
+NOISE = flags.DEFINE_string(
+    "noise", None, "initial latents instead of --seed: .npy, float32 [N, H/8, W/8, 4]"
+)
+TRUNCATE = flags.DEFINE_boolean("truncate", False, "cut prompts that are too long")
+RESIZE_BACK = flags.DEFINE_boolean("resize_back", False, "write edited pictures in --image's size")
+BATCH = flags.DEFINE_integer("batch_size", 1, "pictures at a time", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", None, list(DTYPES), "default: bfloat16 on TPU, else float32")
+
+
+def main() -> None:
+    prompts = read_prompts(PROMPT.value, PROMPTS_FILE.value)
+    source = None if IMAGE.value is None else pictures.read_picture(IMAGE.value)
+    if RESIZE_BACK.value and source is None:
+        raise cli.CommandError("--resize_back needs --image")
+    files = out_files(OUT.value, len(prompts) * NUM_IMAGES.value)
+    check_places([*files[:1], *filter(None, [LATENTS.value, SHEET.value])])
+    system = load(MODEL.value, DTYPE.value)
+    settings = systems.resolve(
+        systems.Settings(
+            HEIGHT.value,
+            WIDTH.value,
+            STEPS.value,
+            GUIDANCE.value,
+            IMAGE_GUIDANCE.value,
+            NEGATIVE.value,
+            METHOD.value,
+            TRUNCATE.value,
+            BATCH.value,
+        ),
+        system.config,
+        source,
+    )
+    if system.config.mobile and (GUIDANCE.value, IMAGE_GUIDANCE.value) != (None, None):
+        cli.warn(
+            "--guidance and --image_guidance are ignored by a mobile model, because "
+            "classifier-free guidance was distilled away"
+        )
+    requests = [prompt for prompt in prompts for _ in range(NUM_IMAGES.value)]
+    seeds = [SEED.value + i for _ in prompts for i in range(NUM_IMAGES.value)]
+    noise, origins = initial_noise(system.config, settings, seeds, NOISE.value)
+    size = source.size[::-1] if RESIZE_BACK.value else None
+    common = describe(system, settings, IMAGE.value)
+    notes = [{"prompt": p, **o, **common} for p, o in zip(requests, origins, strict=True)]
+    made, latents = [], []
+    for latent, picture in progress(system, requests, noise, settings, source):
+        file, note = files[len(made)], json.dumps(notes[len(made)], ensure_ascii=False)
+        picture = Image.fromarray(picture)
+        if size is not None:
+            picture = pictures.resized(picture, *size)
+        pictures.write_png(file, picture, {NOTE: note})
+        made.append(picture)
+        latents.append(latent)
+    if LATENTS.value:
+        write_latents(LATENTS.value, np.stack(latents))
+    if SHEET.value:
+        write_sheet(SHEET.value, prompts, made, source)
+
+
+def read_prompts(prompt: str | None, file: str | None) -> list[str]:
+    """The prompts of --prompt or --prompts_file (empty lines are skipped)."""
+    if (prompt is None) == (file is None):
+        raise cli.CommandError("give either --prompt or --prompts_file")
+    if file is None:
+        return [prompt]
+    try:
+        lines = Path(file).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise cli.CommandError(f"--prompts_file={file}: {error}") from error
+    if not (found := [line.strip() for line in lines if line.strip()]):
+        raise cli.CommandError(f"--prompts_file={file}: holds no prompt")
+    return found
+
+
+def out_files(out: str, n: int) -> list[Path]:
+    """The files of n pictures."""
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        return [path / f"{i:03d}.png" for i in range(n)]
+    return [path] if n == 1 else [path.with_stem(f"{path.stem}-{i:03d}") for i in range(n)]
+
+
+def check_places(files: Sequence[str | os.PathLike]) -> None:
+    """Refuses files that cannot be written, before hours are spent on what they would hold."""
+    for file in files:
+        folder = next(parent for parent in Path(file).absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise cli.CommandError(f"{file}: {folder} is not a folder")
+        if not os.access(folder, os.W_OK):
+            raise cli.CommandError(f"{file}: no permission to write into {folder}")
+
+
+def load(model: str, dtype: str | None) -> systems.System:
+    """The model, in the precision that suits the machine unless one is asked for."""
+    dtype = DTYPES[dtype or ("bfloat16" if jax.default_backend() == "tpu" else "float32")]
+    return systems.load(model, dtype, dtype)
+
+
+def initial_noise(
+    config: systems.Config, settings: systems.Settings, seeds: Sequence[int], file: str | None
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Initial latents float32 [N, h, w, c] and what the PNGs say of their origin."""
+    if file is None:
+        size = (settings.height, settings.width)
+        noise = np.stack([systems.initial_noise(config, seed, *size) for seed in seeds])
+        return noise, [{"seed": seed} for seed in seeds]
+    try:
+        noise = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise cli.CommandError(f"--noise={file}: not a readable .npy file ({error})") from error
+    factor, channels = config.vae.factor, config.vae.latent_channels
+    expected = (len(seeds), settings.height // factor, settings.width // factor, channels)
+    if noise.shape != expected or noise.dtype != np.float32:
+        raise cli.CommandError(
+            f"--noise={file}: {noise.dtype} {list(noise.shape)}, expected float32 {list(expected)} "
+            "(pictures, height / 8, width / 8, channels)"
+        )
+    digest = hashlib.sha256(noise.tobytes()).hexdigest()
+    return noise, [{"noise_sha256": digest, "noise_row": i} for i in range(len(noise))]
+
+
+def describe(
+    system: systems.System, settings: systems.Settings, image: str | None
+) -> dict[str, Any]:
+    """What the PNGs say of the settings, beside prompt and seed."""
+    note = {"model": os.fspath(system.folder), **settings._asdict(), "image": image}
+    note["dtype"] = jnp.dtype(system.config.dtype).name
+    unused = {"batch_size"}
+    if system.config.mobile:
+        unused |= {"guidance", "image_guidance", "negative_prompt"}
+    if image is None:
+        unused |= {"image", "image_guidance"}
+    return {key: value for key, value in note.items() if key not in unused}
+
+
+def progress(
+    system: systems.System,
+    requests: Sequence[str],
+    noise: np.ndarray,
+    settings: systems.Settings,
+    source: Image.Image | None,
+):
+    """`system.generate` behind a bar that counts steps, where stderr is a terminal."""
+    sources = None if source is None else [source] * len(requests)
+    batches = -(-len(requests) // settings.batch_size)
+    with tqdm(total=batches * settings.steps, unit="step", desc="sampling", disable=None) as bar:
+        on_step = None if bar.disable else lambda _: bar.update()
+        yield from systems.generate(system, requests, noise, settings, sources, on_step)
+        jax.effects_barrier()  # the last steps are still to be reported
+
+
+def write_latents(file: str, latents: np.ndarray) -> None:
+    """A .npy file that appears whole or not at all."""
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.part")
+    with scratch.open("wb") as stream:
+        np.save(stream, latents)
+    scratch.replace(path)
+
+
+def write_sheet(
+    file: str, prompts: Sequence[str], made: Sequence[Image.Image], source: Image.Image | None
+) -> None:
+    """A contact sheet: a row for each prompt, the source first where there is one."""
+    n = len(made) // len(prompts)
+    rows = [list(made[i * n : (i + 1) * n]) for i in range(len(prompts))]
+    if source is not None:
+        rows = [[source, *row] for row in rows]
+    pictures.write_png(file, pictures.contact_sheet(rows, prompts))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,211 @@
+"""`launch.sample` as people type it: files, reproducibility, compilations and errors."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from commands import run
+from PIL import Image
+
+from dreamlite_jax import system
+from dreamlite_jax.tiny import tiny_model_dir
+
+pytestmark = pytest.mark.e2e
+
+SIZE = ("--height=32", "--width=64", "--steps=2")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        kind: tiny_model_dir(folder / kind, seed=3, mobile=kind == "mobile")
+        for kind in ("base", "mobile")
+    }
+
+
+@pytest.fixture(scope="module")
+def boats(models, tmp_path_factory):
+    """Two prompts, three pictures each, two at a time; with what was compiled for them."""
+    folder = tmp_path_factory.mktemp("boats")
+    (folder / "prompts.txt").write_text("a red boat\n\nein grünes Boot\n", "utf-8")
+    before = compilations()
+    code = run(
+        "sample",
+        f"--model={models['base']}",
+        f"--prompts_file={folder / 'prompts.txt'}",
+        *SIZE,
+        "--num_images=3",
+        "--batch_size=2",
+        "--seed=7",
+        f"--out={folder / 'out'}",
+        f"--contact_sheet={folder / 'sheet.png'}",
+        f"--latents={folder / 'latents.npy'}",
+    )
+    assert code == 0
+    return folder, [after - b for after, b in zip(compilations(), before, strict=True)]
+
+
+def compilations():
+    functions = (system.encode_texts, system.sample_latents, system.decode_latents)
+    return [function._cache_size() for function in functions]
+
+
+def notes(file):
+    return json.loads(Image.open(file).info["dreamlite_jax"])
+
+
+def test_files_and_notes(boats, models):
+    folder, _ = boats
+    files = sorted((folder / "out").iterdir())
+    assert [file.name for file in files] == [f"{i:03d}.png" for i in range(6)]
+    assert all(Image.open(file).size == (64, 32) for file in files)
+    made = [notes(file) for file in files]
+    assert [(note["prompt"], note["seed"]) for note in made] == [
+        (prompt, seed) for prompt in ("a red boat", "ein grünes Boot") for seed in (7, 8, 9)
+    ]
+    expected = {"model": str(models["base"]), "steps": 2, "guidance": 3.5, "height": 32}
+    assert expected.items() <= made[0].items()
+    assert "image_guidance" not in made[0]
+    assert np.load(folder / "latents.npy").shape == (6, 4, 8, 4)
+    assert Image.open(folder / "sheet.png").size == (8 + 3 * 264, 8 + 2 * 284)
+    assert not list(folder.rglob(".*"))
+
+
+def test_one_compilation_serves_all(boats):
+    """Two prompts of one bucket and six pictures in three batches: each function compiled once."""
+    assert boats[1] == [1, 1, 1]
+
+
+def test_pictures_follow_prompt_and_seed(boats):
+    pictures = [np.asarray(Image.open(f), int) for f in sorted((boats[0] / "out").iterdir())]
+    for i, a in enumerate(pictures):
+        for b in pictures[i + 1 :]:
+            assert np.abs(a - b).max() > 5
+
+
+def test_a_note_makes_its_picture_again(boats, tmp_path):
+    """Alone, from its own prompt and seed, whatever was beside it in the batch."""
+    folder, _ = boats
+    note = notes(folder / "out" / "004.png")
+    code = run(
+        "sample",
+        f"--model={note['model']}",
+        f"--prompt={note['prompt']}",
+        f"--seed={note['seed']}",
+        "--batch_size=2",
+        *(f"--{key}={note[key]}" for key in ("height", "width", "steps", "guidance")),
+        f"--out={tmp_path / 'again.png'}",
+    )
+    assert code == 0
+    a, b = (
+        np.asarray(Image.open(f), int) for f in (folder / "out/004.png", tmp_path / "again.png")
+    )
+    assert np.abs(a - b).max() <= 1
+
+
+def test_mobile_edit_in_the_sources_size(models, tmp_path, capsys):
+    """Four steps, no guidance, a warning where it is asked for; the size is the source's, and the
+    result goes back to it."""
+    source = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (75, 40, 4), dtype=np.uint8), "RGBA"
+    )
+    source.save(tmp_path / "source.png")
+    code = run(
+        "sample",
+        f"--model={models['mobile']}",
+        "--prompt=a hat",
+        "--guidance=2",
+        f"--image={tmp_path / 'source.png'}",
+        "--resize_back",
+        f"--out={tmp_path / 'new' / 'edited.png'}",
+        f"--contact_sheet={tmp_path / 'sheet.png'}",
+    )
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert code == 0 and len(warnings) == 1 and "--guidance" in warnings[0]
+    assert Image.open(tmp_path / "new" / "edited.png").size == (40, 75)
+    note = notes(tmp_path / "new" / "edited.png")
+    assert (note["height"], note["width"], note["steps"]) == (64, 32, 4)
+    assert "guidance" not in note and note["image"] == str(tmp_path / "source.png")
+    assert Image.open(tmp_path / "sheet.png").size == (8 + 2 * 264, 8 + 284)
+
+
+def _broken(models, tmp_path, name):
+    """A model directory with one part missing or unusable."""
+    folder = tmp_path / name
+    folder.mkdir()
+    for part in models["base"].iterdir():
+        (folder / part.name).symlink_to(part)
+    return folder
+
+
+def _flags(models, tmp_path):
+    """Each wrong use: the flags that make it, and what its line must say."""
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.txt").write_text("\n")
+    np.save(tmp_path / "noise.npy", np.zeros((1, 4, 4, 4), np.float32))
+    partless, foreign = (_broken(models, tmp_path, name) for name in ("partless", "foreign"))
+    (partless / "vae").unlink()
+    (partless / "processor").unlink()
+    (foreign / "model_index.json").unlink()
+    (foreign / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    prompt, model = "--prompt=a", f"--model={models['base']}"
+    return {
+        "unknown flag": ([model, prompt, "--stps=3"], "'stps'"),
+        "no number": ([model, prompt, "--steps=three"], "steps"),
+        "stray argument": ([model, "a boat"], "'a boat'"),
+        "no model": ([prompt], "--model"),
+        "no directory": ([f"--model={tmp_path / 'nowhere'}", prompt], "no such directory"),
+        "missing parts": ([f"--model={partless}", prompt], "lacks vae/, processor/"),
+        "another pipeline": ([f"--model={foreign}", prompt], "FluxPipeline"),
+        "no prompt": ([model], "--prompt or --prompts_file"),
+        "no prompts file": ([model, f"--prompts_file={tmp_path / 'x.txt'}"], "x.txt"),
+        "empty prompts file": ([model, f"--prompts_file={tmp_path / 'empty.txt'}"], "no prompt"),
+        "no image": ([model, prompt, f"--image={tmp_path / 'x.png'}"], "no such file"),
+        "bad image": ([model, prompt, f"--image={tmp_path / 'text.png'}"], "readable picture"),
+        "odd size": ([model, prompt, "--height=40"], "height 40 .* 32 and 64"),
+        "no steps": ([model, prompt, "--steps=0"], "steps is 0"),
+        "long prompt": ([model, f"--prompt={'boat ' * 300}", *SIZE], r"\d+ tokens, .* 200"),
+        "noise": ([model, prompt, *SIZE, f"--noise={tmp_path / 'noise.npy'}"], r"\[1, 4, 8, 4\]"),
+        "bad noise": ([model, prompt, f"--noise={tmp_path / 'text.png'}"], "readable .npy"),
+        "no folder": ([model, prompt, *SIZE, f"--latents={tmp_path}/text.png/a"], "not a folder"),
+    }
+
+
+def test_wrong_use_is_one_line_and_exit_code_2(models, tmp_path, capsys):
+    for name, (flags, expected) in _flags(models, tmp_path).items():
+        capsys.readouterr()
+        code = run("sample", f"--out={tmp_path / 'out' / 'a.png'}", *flags)
+        err = capsys.readouterr().err
+        assert code == 2, name
+        assert err.count("\n") == 1 and err.startswith("error: "), (name, err)
+        assert re.search(expected, err), (name, err)
+        assert not (tmp_path / "out").exists(), name
+
+
+def test_the_real_process(models, tmp_path):
+    """Exit code and streams of `python -m launch.sample`; a long prompt is cut when told to."""
+    command = [sys.executable, "-m", "launch.sample", f"--model={models['mobile']}", *SIZE]
+    out = tmp_path / "a.png"
+    wrong = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("error: give either")
+    assert "Traceback" not in wrong.stderr
+    done = subprocess.run(
+        [*command, f"--out={out}", f"--prompt={'boat ' * 300}", "--truncate"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Image.open(out).size == (64, 32)
+
+
+def test_a_seed_is_one_noise():
+    """A seed's noise depends on nothing else; neighbouring seeds are independent."""
+    config = system.Config(None, system.AutoencoderConfig(), None)
+    a, b = (system.initial_noise(config, seed, 64, 128) for seed in (5, 6))
+    assert a.shape == (8, 16, 4) and a.dtype == np.float32
+    np.testing.assert_array_equal(a, system.initial_noise(config, 5, 64, 128))
+    assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.2
