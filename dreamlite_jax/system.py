@@ -26,8 +26,8 @@ from jax import Array
 from PIL import Image
 
 from dreamlite_jax import pretrained
-from dreamlite_jax.data import pictures, prompts
-from dreamlite_jax.data.prompts import EDIT, GENERATE, DropCounts, Prompter
+from dreamlite_jax.data import prompts
+from dreamlite_jax.data.prompts import DropCounts, Prompter
 from dreamlite_jax.diffusion import flow, sampling
 from dreamlite_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dreamlite_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -43,10 +43,6 @@ NETWORKS = {
 }
 FOLDERS = (*NETWORKS, "tokenizer", "processor", "scheduler")
 _INDEX, _PROMPTS, _SCHEDULER = "model_index.json", "prompts.json", "scheduler_config.json"
-
-
-class SettingsError(ValueError):
-    """Settings that this model cannot sample with: one line."""
 
 
 class Config(NamedTuple):
@@ -198,66 +194,7 @@ def sample_latents(
     return sampling.sample(velocity_fn, noise, sigmas, method, on_step)
 
 
-# --- Prompts to pictures --------------------------------------------------------------------------
-
-
-class Settings(NamedTuple):
-    """How to sample; None: the model's own default (`resolve`)."""
-
-    height: int | None = None  # pixels
-    width: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    image_guidance: float | None = None
-    negative_prompt: str = prompts.NULL
-    method: str = "euler"
-    truncate: bool = False  # cut prompts that are too long
-    batch_size: int = 1  # pictures at a time
-
-
-def resolve(settings: Settings, config: Config, source: Image.Image | None = None) -> Settings:
-    """Settings with diffusers' defaults filled in and checked.
-
-    Steps 30 (mobile: 4), guidance 3.5, image guidance 1.5; the size is that of the source, down to
-    a multiple that the networks can take, or the model's own.
-
-    Raises:
-      SettingsError: a size that is no multiple of `config.pixel_multiple`, less than one step, ...
-    """
-    height, width, multiple = settings.height, settings.width, config.pixel_multiple
-    if height is None and width is None and source is not None:
-        width, height = (max(side // multiple, 1) * multiple for side in source.size)
-    settings = settings._replace(
-        height=height or config.default_side,
-        width=width or config.default_side,
-        steps=(4 if config.mobile else 30) if settings.steps is None else settings.steps,
-        guidance=3.5 if settings.guidance is None else settings.guidance,
-        image_guidance=1.5 if settings.image_guidance is None else settings.image_guidance,
-    )
-    problems = [
-        f"{name} {value} is not a positive multiple of {multiple}; the nearest are "
-        f"{max(value // multiple, 1) * multiple} and {(max(value // multiple, 1) + 1) * multiple}"
-        for name, value in (("height", settings.height), ("width", settings.width))
-        if value < multiple or value % multiple
-    ]
-    for name, value in (("steps", settings.steps), ("batch size", settings.batch_size)):
-        if value < 1:
-            problems.append(f"{name} is {value}, should be at least 1")
-    if settings.method not in sampling.METHODS:
-        problems.append(
-            f"method is {settings.method!r}, supported are {' and '.join(sampling.METHODS)}"
-        )
-    if problems:
-        raise SettingsError("; ".join(problems))
-    return settings
-
-
-def initial_noise(config: Config, seed: int, height: int, width: int) -> np.ndarray:
-    """float32 [h, w, c] for a picture of height x width pixels; the same on every backend and in
-    every batch."""
-    factor = config.vae.factor
-    shape = (height // factor, width // factor, config.vae.latent_channels)
-    return np.asarray(jax.random.normal(jax.random.key(seed), shape, jnp.float32))
+# --- Many texts -----------------------------------------------------------------------------------
 
 
 def encode_prompts(
@@ -274,7 +211,7 @@ def encode_prompts(
     once for each bucket of lengths. Raises as `prompts.prompt_inputs`.
     """
     drop, parts = getattr(system.config.drop, mode), []
-    for rows in _batches(len(texts), batch_size):
+    for rows in batches(len(texts), batch_size):
         inputs = prompts.prompt_inputs(
             system.prompter,
             mode,
@@ -295,86 +232,32 @@ def encode_prompts(
     return Texts(joined([p.context for p in parts]), joined([p.mask for p in parts]))
 
 
-def generate(
-    system: System,
-    requests: Sequence[str],
-    noise: np.ndarray,
-    settings: Settings,
-    sources: Sequence[Image.Image] | None = None,
-    on_step: Callable[[Array], None] | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields for each of N prompts its latent float32 [h, w, c] and its picture uint8 [H, W, 3].
-
-    Everything runs in batches of `settings.batch_size`, the last one filled up, so that another N
-    compiles nothing. A prompt that comes several times is encoded once.
-
-    Args:
-      requests: N prompts, untagged.
-      noise: float32 [N, h, w, c].
-      settings: as `resolve` returns them.
-      sources: N RGB pictures to edit, of any size; None: generate.
-      on_step: see `sampling.sample`.
-    """
-    config, params = system.config, system.params
-    mode = GENERATE if sources is None else EDIT
-    nulls = [] if config.mobile else [settings.negative_prompt] * len(requests)
-    texts = [*(prompts.tagged(mode, prompt) for prompt in requests), *nulls]
-    images = None if sources is None else [*sources, *(sources if nulls else ())]
-    keys = [(text, None if images is None else id(images[i])) for i, text in enumerate(texts)]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}  # each text's first place
-    places = {key: row for row, key in enumerate(first)}
-    encoded = encode_prompts(
-        system,
-        mode,
-        [texts[i] for i in first.values()],
-        None if images is None else [images[i] for i in first.values()],
-        settings.truncate,
-        settings.batch_size * (2 if nulls else 1),
-    )
-
-    def gathered(rows):
-        chosen = [places[keys[i]] for i in rows]
-        return Texts(*(array[chosen] for array in encoded))
-
-    latent_size = (settings.height // config.vae.factor, settings.width // config.vae.factor)
-    sigmas = flow.sigma_list(settings.steps, flow.resolution_mu(*latent_size, config.shift))
-    done = 0
-    for rows in _batches(len(requests), settings.batch_size):
-        latents = sample_latents(
-            config,
-            params["unet"],
-            noise[rows],
-            sigmas,
-            gathered(rows),
-            gathered([len(requests) + i for i in rows]) if nulls else None,
-            None if sources is None else _source_latents(system, settings, sources, rows),
-            settings.guidance,
-            settings.image_guidance,
-            settings.method,
-            on_step,
-        )
-        decoded = pictures.to_bytes(np.asarray(decode_latents(config, params["vae"], latents)))
-        for latent, picture in zip(np.asarray(latents), decoded, strict=True):
-            if done < len(requests):
-                yield latent, picture
-            done += 1
-
-
-def _source_latents(
-    system: System, settings: Settings, sources: Sequence[Image.Image], rows: list[int]
-) -> Array:
-    fitted = [pictures.resized(sources[i], settings.height, settings.width) for i in rows]
-    values = np.stack([pictures.to_floats(image) for image in fitted])
-    return encode_pictures(system.config, system.params["vae"], values)
-
-
-def _batches(n: int, size: int) -> Iterator[list[int]]:
+def batches(n: int, size: int) -> Iterator[list[int]]:
     """0 to n - 1 in lists of `size`; the last one repeats n - 1 until it is full."""
     for start in range(0, n, size):
         yield [min(i, n - 1) for i in range(start, start + size)]
 
 
 # --- Model directories ----------------------------------------------------------------------------
+
+
+def read_config(model_dir: str | os.PathLike, dtype: Any = jnp.float32) -> Config:
+    """The static side of a model directory, in an instant: no weights are read.
+
+    Raises:
+      ModelDirectoryError: no such directory, missing parts, unusable settings.
+    """
+    folder = Path(model_dir)
+    mobile = _read_index(folder)
+    configs = {name: pretrained.read_config(folder, part) for name, part in NETWORKS.items()}
+    file = folder / "scheduler" / _SCHEDULER
+    settings = pretrained.read_json(file)
+    try:
+        shift = flow.ResolutionShift.from_scheduler(settings)
+    except (ValueError, TypeError) as error:
+        raise ModelDirectoryError(f"{file}: {error}") from error
+    drop = _read_drop_counts(folder)
+    return Config(**configs, shift=shift, drop=drop, mobile=mobile, dtype=dtype)
 
 
 def load(
@@ -391,22 +274,12 @@ def load(
         fit the encoder or the number of tokens to drop.
     """
     folder = Path(model_dir)
-    mobile = _read_index(folder)
-    networks = {
-        name: pretrained.read(folder, component, param_dtype)
-        for name, component in NETWORKS.items()
+    config = read_config(folder, dtype)
+    prompter = load_prompter(folder, config.text_encoder)
+    params = {
+        name: pretrained.read(folder, part, param_dtype)[1] for name, part in NETWORKS.items()
     }
-    settings = pretrained.read_json(folder / "scheduler" / _SCHEDULER)
-    try:
-        shift = flow.ResolutionShift.from_scheduler(settings)
-    except (ValueError, TypeError) as error:
-        raise ModelDirectoryError(f"{folder / 'scheduler' / _SCHEDULER}: {error}") from error
-    prompter = load_prompter(folder, networks["text_encoder"][0])
-    configs = {name: config for name, (config, _) in networks.items()}
-    config = Config(**configs, shift=shift, drop=prompter.drop, mobile=mobile, dtype=dtype)
-    return System(
-        config, {name: params for name, (_, params) in networks.items()}, prompter, folder
-    )
+    return System(config, params, prompter, folder)
 
 
 def load_prompter(model_dir: str | os.PathLike, config: Qwen3VLConfig) -> Prompter:

@@ -12,8 +12,8 @@ from absl import app, flags, logging
 
 from dreamlite_jax.data.pictures import PictureError
 from dreamlite_jax.data.prompts import PromptError
+from dreamlite_jax.generation import SettingsError
 from dreamlite_jax.pretrained import ModelDirectoryError
-from dreamlite_jax.system import SettingsError
 
 
 class CommandError(Exception):

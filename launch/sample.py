@@ -5,8 +5,9 @@
     python -m launch.sample --model=DIR --prompts_file=prompts.txt --num_images=4 --out=DIR \\
       --contact_sheet=sheet.png
 
-One picture goes to --out; several go to --out-000.png, --out-001.png, ... or, where --out does not
-end in .png, into that folder. Each PNG holds its settings, so `--seed` of a picture makes it again.
+One picture goes to --out=boat.png; several go to boat-000.png, boat-001.png, ... or, where --out
+does not end in .png, into that folder. Each PNG holds its settings; the seed among them makes the
+picture again.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from dreamlite_jax import system as systems
+from dreamlite_jax import generation, system
 from dreamlite_jax.data import pictures
 from dreamlite_jax.diffusion import sampling
 from launch import cli
@@ -67,35 +68,37 @@ def main() -> None:
         raise cli.CommandError("--resize_back needs --image")
     files = out_files(OUT.value, len(prompts) * NUM_IMAGES.value)
     check_places([*files[:1], *filter(None, [LATENTS.value, SHEET.value])])
-    system = load(MODEL.value, DTYPE.value)
-    settings = systems.resolve(
-        systems.Settings(
-            HEIGHT.value,
-            WIDTH.value,
-            STEPS.value,
-            GUIDANCE.value,
-            IMAGE_GUIDANCE.value,
-            NEGATIVE.value,
-            METHOD.value,
-            TRUNCATE.value,
-            BATCH.value,
+    dtype = DTYPES[DTYPE.value or ("bfloat16" if jax.default_backend() == "tpu" else "float32")]
+    config = system.read_config(MODEL.value, dtype)
+    settings = generation.resolve(
+        generation.Settings(
+            height=HEIGHT.value,
+            width=WIDTH.value,
+            steps=STEPS.value,
+            guidance=GUIDANCE.value,
+            image_guidance=IMAGE_GUIDANCE.value,
+            negative_prompt=NEGATIVE.value,
+            method=METHOD.value,
+            truncate=TRUNCATE.value,
+            batch_size=BATCH.value,
         ),
-        system.config,
+        config,
         source,
     )
-    if system.config.mobile and (GUIDANCE.value, IMAGE_GUIDANCE.value) != (None, None):
+    if config.mobile and (GUIDANCE.value, IMAGE_GUIDANCE.value) != (None, None):
         cli.warn(
             "--guidance and --image_guidance are ignored by a mobile model, because "
             "classifier-free guidance was distilled away"
         )
     requests = [prompt for prompt in prompts for _ in range(NUM_IMAGES.value)]
     seeds = [SEED.value + i for _ in prompts for i in range(NUM_IMAGES.value)]
-    noise, origins = initial_noise(system.config, settings, seeds, NOISE.value)
+    noise, origins = initial_noise(config, settings, seeds, NOISE.value)
+    model = system.load(MODEL.value, dtype, param_dtype=dtype)
     size = source.size[::-1] if RESIZE_BACK.value else None
-    common = describe(system, settings, IMAGE.value)
+    common = describe(model, settings, IMAGE.value)
     notes = [{"prompt": p, **o, **common} for p, o in zip(requests, origins, strict=True)]
     made, latents = [], []
-    for latent, picture in progress(system, requests, noise, settings, source):
+    for latent, picture in progress(model, requests, noise, settings, source):
         file, note = files[len(made)], json.dumps(notes[len(made)], ensure_ascii=False)
         picture = Image.fromarray(picture)
         if size is not None:
@@ -104,7 +107,8 @@ def main() -> None:
         made.append(picture)
         latents.append(latent)
     if LATENTS.value:
-        write_latents(LATENTS.value, np.stack(latents))
+        with pictures.replaced_file(LATENTS.value) as stream:
+            np.save(stream, np.stack(latents))
     if SHEET.value:
         write_sheet(SHEET.value, prompts, made, source)
 
@@ -142,19 +146,13 @@ def check_places(files: Sequence[str | os.PathLike]) -> None:
             raise cli.CommandError(f"{file}: no permission to write into {folder}")
 
 
-def load(model: str, dtype: str | None) -> systems.System:
-    """The model, in the precision that suits the machine unless one is asked for."""
-    dtype = DTYPES[dtype or ("bfloat16" if jax.default_backend() == "tpu" else "float32")]
-    return systems.load(model, dtype, dtype)
-
-
 def initial_noise(
-    config: systems.Config, settings: systems.Settings, seeds: Sequence[int], file: str | None
+    config: system.Config, settings: generation.Settings, seeds: Sequence[int], file: str | None
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Initial latents float32 [N, h, w, c] and what the PNGs say of their origin."""
     if file is None:
         size = (settings.height, settings.width)
-        noise = np.stack([systems.initial_noise(config, seed, *size) for seed in seeds])
+        noise = np.stack([generation.initial_noise(config, seed, *size) for seed in seeds])
         return noise, [{"seed": seed} for seed in seeds]
     try:
         noise = np.load(file, allow_pickle=False)
@@ -172,13 +170,13 @@ def initial_noise(
 
 
 def describe(
-    system: systems.System, settings: systems.Settings, image: str | None
+    model: system.System, settings: generation.Settings, image: str | None
 ) -> dict[str, Any]:
     """What the PNGs say of the settings, beside prompt and seed."""
-    note = {"model": os.fspath(system.folder), **settings._asdict(), "image": image}
-    note["dtype"] = jnp.dtype(system.config.dtype).name
+    note = {"model": os.fspath(model.folder), **settings._asdict(), "image": image}
+    note["dtype"] = jnp.dtype(model.config.dtype).name
     unused = {"batch_size"}
-    if system.config.mobile:
+    if model.config.mobile:
         unused |= {"guidance", "image_guidance", "negative_prompt"}
     if image is None:
         unused |= {"image", "image_guidance"}
@@ -186,29 +184,19 @@ def describe(
 
 
 def progress(
-    system: systems.System,
+    model: system.System,
     requests: Sequence[str],
     noise: np.ndarray,
-    settings: systems.Settings,
+    settings: generation.Settings,
     source: Image.Image | None,
 ):
-    """`system.generate` behind a bar that counts steps, where stderr is a terminal."""
+    """`generation.generate` behind a bar that counts steps, where stderr is a terminal."""
     sources = None if source is None else [source] * len(requests)
     batches = -(-len(requests) // settings.batch_size)
     with tqdm(total=batches * settings.steps, unit="step", desc="sampling", disable=None) as bar:
         on_step = None if bar.disable else lambda _: bar.update()
-        yield from systems.generate(system, requests, noise, settings, sources, on_step)
+        yield from generation.generate(model, requests, noise, settings, sources, on_step)
         jax.effects_barrier()  # the last steps are still to be reported
-
-
-def write_latents(file: str, latents: np.ndarray) -> None:
-    """A .npy file that appears whole or not at all."""
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
-    with scratch.open("wb") as stream:
-        np.save(stream, latents)
-    scratch.replace(path)
 
 
 def write_sheet(

@@ -12,7 +12,7 @@ TOPS = (LIBRARY, "configs", "launch", "convert")
 # From the bottom up; a part imports from its own layer and those below.
 LAYERS = (
     ("models", "diffusion", "data", "rewards"),
-    ("system", "pretrained", "objectives", "tiny"),
+    ("system", "pretrained", "objectives", "generation", "tiny"),
     ("evals",),
     ("train",),
 )

@@ -4,10 +4,11 @@ Shapes: H and W are pixels. A picture is uint8 [H, W, 3] or Pillow's RGB; the au
 gives float32 [H, W, 3] in [-1, 1].
 """
 
+import contextlib
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -54,22 +55,26 @@ def write_png(
     notes: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a PNG with text notes; the file appears whole or not at all."""
-    file, info = Path(file), PngInfo()
+    info = PngInfo()
     for key, value in (notes or {}).items():
         info.add_itxt(key, value)
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    with replaced_file(file) as stream:
+        image.save(stream, "PNG", pnginfo=info)
+
+
+@contextlib.contextmanager
+def replaced_file(file: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A stream to fill; on leaving without an error it takes the place of `file`."""
+    file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{file.stem}-", suffix=".png", dir=file.parent)
+    scratch = file.with_name(f".{file.name}-{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-            image.save(stream, "PNG", pnginfo=info)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(scratch, 0o666 & ~umask)  # mkstemp's files are for their owner alone
-        os.replace(scratch, file)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+        with scratch.open("wb") as stream:
+            yield stream
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 _MARGIN, _LINE = 8, 20  # of a contact sheet, in pixels
