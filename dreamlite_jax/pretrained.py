@@ -7,6 +7,7 @@ same table that this rule gives for a network's parameters (`tensor_table`): wha
 is read.
 """
 
+import functools
 import json
 import os
 import re
@@ -134,8 +135,9 @@ TEXT_ENCODER = Component(
 )
 
 
+@functools.cache
 def param_shapes(component: Component, config: Any) -> Params:
-    """Shapes and dtypes of a network's parameters; nothing is computed."""
+    """Shapes and dtypes of a network's parameters; nothing is computed. Not to be changed."""
     module, example = component.module(config), component.example(config)
     return jax.eval_shape(lambda key: module.init(key, *example), jax.random.key(0))["params"]
 

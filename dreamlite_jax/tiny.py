@@ -112,8 +112,8 @@ def write_processor(folder: Path, encoder: qwen3_vl.Qwen3VLConfig) -> None:
     pretrained.write_json(folder / "video_preprocessor_config.json", {**_VIDEOS, **patches})
 
 
-def random_params(shapes: pretrained.Params, seed: int) -> pretrained.Params:
-    """Parameters for `pretrained.param_shapes`, drawn with NumPy: nothing is compiled.
+def random_params(component: pretrained.Component, config: Any, seed: int = 0) -> pretrained.Params:
+    """Parameters of a network, drawn with NumPy: nothing is compiled.
 
     Kernels and embeddings keep the variance of what passes through them; norms lie around 1 and
     biases around 0, but none of them there, lest a test miss a forgotten one.
@@ -128,7 +128,8 @@ def random_params(shapes: pretrained.Params, seed: int) -> pretrained.Params:
             return noise
         return 0.1 * noise + np.float32(path[-1] == "scale")
 
-    return unflatten_dict({path: draw(path, leaf) for path, leaf in flatten_dict(shapes).items()})
+    shapes = flatten_dict(pretrained.param_shapes(component, config))
+    return unflatten_dict({path: draw(path, leaf) for path, leaf in shapes.items()})
 
 
 def tiny_model_dir(model_dir: str | os.PathLike, seed: int = 0, mobile: bool = False) -> Path:
@@ -139,7 +140,7 @@ def tiny_model_dir(model_dir: str | os.PathLike, seed: int = 0, mobile: bool = F
     folder, settings = Path(model_dir), config(mobile)
     for name, component in system.NETWORKS.items():
         network = getattr(settings, name)
-        params = random_params(pretrained.param_shapes(component, network), seed)
+        params = random_params(component, network, seed)
         pretrained.write(folder, component, network, params)
     with pretrained.replaced_folder(folder / "tokenizer") as new:
         tokenizer().save_pretrained(new)

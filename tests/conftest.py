@@ -1,4 +1,4 @@
-"""Lets tests import what they share: random_params here, reference in parity/."""
+"""Lets tests import what they share: commands here, reference in parity/."""
 
 import sys
 from pathlib import Path

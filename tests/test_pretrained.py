@@ -7,7 +7,6 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
-from random_params import random_params
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -15,6 +14,7 @@ from dreamlite_jax import pretrained
 from dreamlite_jax.models.autoencoder import TINY as TINY_AUTOENCODER
 from dreamlite_jax.models.unet import TINY
 from dreamlite_jax.pretrained import AUTOENCODER, UNET, ModelDirectoryError
+from dreamlite_jax.tiny import random_params
 
 SMALL = dataclasses.replace(
     TINY,

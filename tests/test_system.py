@@ -104,8 +104,7 @@ def test_all_wrong_settings_in_one_line():
 
 def test_what_the_unet_gets_of_a_text():
     """The prefix is gone; zeros, or a learned embedding, stand at padding."""
-    shapes = pretrained.param_shapes(pretrained.TEXT_ENCODER, CONFIG.text_encoder)
-    params = tiny.random_params(shapes, 0)
+    params = tiny.random_params(pretrained.TEXT_ENCODER, CONFIG.text_encoder)
     prompter = prompts.Prompter(tiny.tokenizer(), None, CONFIG.text_encoder.input_numbers)
     inputs = prompts.prompt_inputs(prompter, prompts.GENERATE, ["", "a boat"])
     plain = system.encode_texts(CONFIG, params, inputs, 34)

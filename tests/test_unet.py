@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from random_params import random_params
 
 from dreamlite_jax import pretrained
 from dreamlite_jax.models.primitives import PLAIN
 from dreamlite_jax.models.unet import DREAMLITE, TINY, UNet, UNetConfig
+from dreamlite_jax.tiny import random_params
 
 SMALL = dataclasses.replace(
     TINY, layers_per_block=1, transformer_layers_per_block=1, block_out_channels=(16, 32, 48)

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DreamLiteUNetModel
 
+torch.set_num_threads(1)  # more of them fight with JAX for the cores, at a hundred times the cost
+
 
 def reference_model(config, seed: int = 0) -> torch.nn.Module:
     """diffusers' network of one of our configs, every parameter random.

@@ -8,10 +8,10 @@ import pytest
 
 from dreamlite_jax import pretrained
 from dreamlite_jax.models.autoencoder import TAESDXL, TINY, Autoencoder, AutoencoderConfig
+from dreamlite_jax.tiny import random_params
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
-from random_params import random_params  # noqa: E402
 from reference import largest_error, reference_model  # noqa: E402
 
 pytestmark = pytest.mark.parity

@@ -8,11 +8,11 @@ import pytest
 
 from dreamlite_jax import pretrained
 from dreamlite_jax.models.unet import DREAMLITE, TINY, UNet
+from dreamlite_jax.tiny import random_params
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 from diffusers import DreamLiteUNetModel  # noqa: E402
-from random_params import random_params  # noqa: E402
 from reference import largest_error, reference_model, run_unet, unet_inputs  # noqa: E402
 
 pytestmark = pytest.mark.parity
