@@ -42,20 +42,6 @@ def _configs(preset: str) -> tuple[Any, Any, Any]:
     return unet.DREAMLITE, autoencoder.TAESDXL, qwen3_vl.QWEN3_VL_2B
 
 
-def _random_params(component: Any, config: Any, dtype: str) -> Any:
-    """Random parameters drawn leaf by leaf, so that a large network never stands there twice."""
-    import jax
-    import jax.numpy as jnp
-
-    from dreamlite_jax import pretrained
-
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), dtype),
-        pretrained.param_shapes(component, config),
-    )
-
-
 def _tokens(vocabulary: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, min(vocabulary, 200), (2, PROMPT_TOKENS))
 
@@ -75,10 +61,11 @@ def jax_encoder(preset: str, dtype: str) -> Callable[[], Any]:
 
     from dreamlite_jax import pretrained, system
     from dreamlite_jax.data.qwen_inputs import qwen_inputs
+    from launch.benchmarks.weights import random_params
 
     unet, vae, encoder = _configs(preset)
     config = system.Config(unet, vae, encoder, dtype=np.dtype(dtype))
-    params = _random_params(pretrained.TEXT_ENCODER, encoder, dtype)
+    params = random_params(pretrained.TEXT_ENCODER, encoder, dtype)
     ids = _tokens(encoder.text.vocab_size)
     inputs = qwen_inputs(
         {"input_ids": ids, "attention_mask": np.ones_like(ids)}, **encoder.input_numbers
@@ -110,10 +97,11 @@ def jax_denoiser(preset: str, side: int) -> Callable[[], Any]:
 
     from dreamlite_jax import pretrained, system
     from dreamlite_jax.diffusion import flow
+    from launch.benchmarks.weights import random_params
 
     unet, vae, encoder = _configs(preset)
     config = system.Config(unet, vae, encoder)
-    params = _random_params(pretrained.UNET, unet, "float32")
+    params = random_params(pretrained.UNET, unet, "float32")
     noise, (context, mask) = _latents(unet, side, vae.factor), _context(unet)
     null, texts = (system.Texts(context[i : i + 1], mask[i : i + 1]) for i in (0, 1))
     sigmas = flow.sigma_list(STEPS, flow.resolution_mu(*noise.shape[1:3], config.shift))
@@ -164,10 +152,11 @@ def jax_decoder(preset: str, side: int) -> Callable[[], Any]:
     import jax
 
     from dreamlite_jax import pretrained, system
+    from launch.benchmarks.weights import random_params
 
     unet, vae, encoder = _configs(preset)
     config = system.Config(unet, vae, encoder)
-    params = _random_params(pretrained.AUTOENCODER, vae, "float32")
+    params = random_params(pretrained.AUTOENCODER, vae, "float32")
     latents = _latents(unet, side, vae.factor)
     return lambda: jax.block_until_ready(system.decode_latents(config, params, latents))
 

@@ -60,10 +60,11 @@ def jax_step(preset: str, shape: tuple, dtype: str, backward: bool) -> Callable[
 
     from dreamlite_jax import pretrained
     from dreamlite_jax.models.unet import PRESETS, UNet
+    from launch.benchmarks.weights import random_params
 
     config = PRESETS[preset]
     module, inputs = UNet(config, jnp.dtype(dtype)), _inputs(config, shape)
-    params = pretrained.init_params(pretrained.UNET, config, jax.random.key(0))
+    params = random_params(pretrained.UNET, config, "float32" if backward else dtype)
 
     def forward(params, inputs):
         return module.apply({"params": params}, **inputs)
@@ -71,8 +72,6 @@ def jax_step(preset: str, shape: tuple, dtype: str, backward: bool) -> Callable[
     def loss(params, inputs):
         return jnp.mean(jnp.square(forward(params, inputs)))
 
-    if not backward:
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
     compiled = jax.jit(jax.grad(loss) if backward else forward).lower(params, inputs).compile()
     return lambda: jax.block_until_ready(compiled(params, inputs))
 
