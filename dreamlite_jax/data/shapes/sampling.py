@@ -1,0 +1,327 @@
+"""Samples of the shapes world: each a pure function of (settings, split, seed, index).
+
+Splits: "train" and "iid" hold no thing of a held-out (shape, colour) pair, in no source, target or
+caption, and differ in their random streams only; every "held_out" prompt is about such a pair;
+"all" draws from all pairs alike, for an autoencoder (one that has not seen a pair blurs it, and
+what was meant to test composition tests the autoencoder).
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dreamlite_jax.data.shapes.words import caption, pick
+from dreamlite_jax.data.shapes.world import (
+    COLOURS,
+    ELSEWHERE,
+    FAR,
+    GROUNDS,
+    MARGIN,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZE_SPLIT,
+    Scene,
+    Spec,
+    Thing,
+    Want,
+    in_place,
+    reach,
+    related,
+)
+
+SPLITS = ("train", "iid", "held_out", "all")
+EDITS = ("recolour", "reshape", "resize", "move", "remove", "add", "ground")
+Pair = tuple[str, str]  # (shape, colour)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the world holds and how loose its captions are.
+
+    Probabilities `open_*` are of a caption leaving that attribute of a thing out (an attribute that
+    is not there, such as a place between left and right, is left out anyway); `jitter` 1 lets
+    things lie anywhere, 0 on the crossings of a 3 x 3 grid. ValueError names what is wrong.
+    """
+
+    shapes: tuple[str, ...]
+    colours: tuple[str, ...]
+    grounds: tuple[str, ...]
+    held_out: tuple[Pair, ...]
+    counts: tuple[float, ...] = (0.5, 0.5)  # relative frequencies of 1, 2, ... things
+    small: tuple[float, float] = (0.15, 0.165)  # radii
+    large: tuple[float, float] = (0.205, 0.235)
+    edge: float = 0.04  # least distance of an outline from the border
+    gap: float = 0.08  # and of outlines from each other
+    jitter: float = 1.0
+    open_shape: float = 0.15
+    open_colour: float = 0.25
+    open_size: float = 0.6
+    open_place: float = 0.6
+    open_ground: float = 0.4
+    twins: float = 0.25  # a further thing has the shape and colour of the one before
+    relations: float = 0.3  # a caption of several things relates two of them, where clear
+    another: float = 0.2  # an edit leaves open what to change to
+    edits: tuple[str, ...] = EDITS
+
+    def __post_init__(self):
+        def check(good: bool, message: str) -> None:
+            if not good:
+                raise ValueError(f"shapes settings: {message}")
+
+        known = {"shapes": SHAPES, "colours": COLOURS, "grounds": GROUNDS, "edits": EDITS}
+        for name, names in known.items():
+            own = getattr(self, name)
+            bad = sorted(set(own) - set(names))
+            check(not bad, f"unknown {name} {bad}; known are {list(names)}")
+            check(len(set(own)) == len(own) >= 1, f"{name} must be one or more, each once")
+        pairs = set(itertools.product(self.shapes, self.colours))
+        check(set(self.held_out) <= pairs, "held_out pairs must be (shape, colour) of those above")
+        check(set(self.held_out) < pairs, "held_out leaves no pair to train on")
+        for name in ("jitter", "twins", "relations", "another"):
+            check(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1]")
+        for name in ("shape", "colour", "size", "place", "ground"):
+            check(0 <= getattr(self, f"open_{name}") <= 1, f"open_{name} must be in [0, 1]")
+        check(
+            1 <= len(self.counts) <= 3 and min(self.counts) >= 0 < max(self.counts),
+            "counts must be one to three frequencies, not all 0",
+        )
+        check(self.edge >= 0 and self.gap >= 0, "edge and gap must not be negative")
+        # What the judge can tell: neither too small nor too large, and clearly one or the other.
+        radii = (0.1, *self.small, 0.96 * SIZE_SPLIT, 1.04 * SIZE_SPLIT, *self.large, 0.27)
+        check(
+            list(radii) == sorted(radii),
+            f"small and large must be rising radii in [0.1, 0.27], 4 % off {SIZE_SPLIT} either way",
+        )
+
+
+QUICK = Settings(
+    shapes=("circle", "square"),
+    colours=("red", "green", "blue"),
+    grounds=("white", "black"),
+    held_out=(("circle", "green"),),
+)
+DEMO = Settings(
+    shapes=("circle", "square", "triangle", "cross"),
+    colours=("red", "yellow", "green", "cyan", "blue", "pink"),
+    grounds=("white", "black", "navy"),
+    held_out=(("circle", "cyan"), ("square", "pink"), ("triangle", "red"), ("cross", "yellow")),
+)
+HARD = Settings(
+    shapes=SHAPES,
+    colours=tuple(COLOURS),
+    grounds=tuple(GROUNDS),
+    held_out=tuple(
+        (shape, colour)
+        for k, shape in enumerate(SHAPES)
+        for colour in (tuple(COLOURS)[k], tuple(COLOURS)[(k + 3) % 8])
+    ),
+    counts=(0.3, 0.4, 0.3),
+    small=(0.13, 0.155),
+    large=(0.2, 0.25),
+)
+SETTINGS = {"quick": QUICK, "demo": DEMO, "hard": HARD}
+
+
+@dataclass(frozen=True)
+class T2ISample:
+    scene: Scene
+    caption: str
+    spec: Spec
+
+
+def generator(split: str, seed: int, index: int, stream: str) -> np.random.Generator:
+    """The random numbers of one sample; those of another stand in no relation to them.
+
+    Raises ValueError for an unknown split and where seed or index is outside [0, 2**63).
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known are {SPLITS}")
+    if not (0 <= seed < 2**63 and 0 <= index < 2**63):
+        raise ValueError(f"seed and index must be in [0, 2**63): got {seed} and {index}")
+    number = SPLITS.index(split) + len(SPLITS) * ("t2i", "edit").index(stream)
+    # A sample's own numbers run in the counter's lowest word, far short of 2**64.
+    return np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, index, 0, 0]))
+
+
+def pairs_of(settings: Settings, split: str) -> tuple[Pair, ...]:
+    """The (shape, colour) pairs that things of a split may be of."""
+    held = settings.held_out if split in ("train", "iid") else ()
+    return tuple(p for p in itertools.product(settings.shapes, settings.colours) if p not in held)
+
+
+def sample_t2i(settings: Settings, split: str, seed: int, index: int) -> T2ISample:
+    """The index-th scene of a split with a caption and what the caption fixes.
+
+    A held-out sample's caption names a held-out pair. Raises ValueError as `generator`, and for
+    split "held_out" where nothing is held out.
+    """
+    rng = generator(split, seed, index, "t2i")
+    first = None
+    if split == "held_out":
+        first = pick(rng, held_out_pairs(settings))
+    scene = draw_scene(settings, rng, pairs_of(settings, split), draw_count(settings, rng), first)
+    spec = _loosen(settings, scene, rng, named=0 if first else None)
+    return T2ISample(scene, caption(spec, rng), spec)
+
+
+def held_out_pairs(settings: Settings) -> tuple[Pair, ...]:
+    """The held-out pairs; ValueError where there are none."""
+    if not settings.held_out:
+        raise ValueError("split 'held_out' is empty: these settings hold no pair out")
+    return settings.held_out
+
+
+def draw_count(settings: Settings, rng: np.random.Generator, least: int = 1, most: int = 3) -> int:
+    """How many things a scene has, by the frequencies of the settings within the limits."""
+    weights = np.array(settings.counts)
+    numbers = np.arange(1, len(weights) + 1)
+    weights = np.where((numbers >= least) & (numbers <= most), weights, 0)
+    return int(numbers[np.searchsorted(np.cumsum(weights), rng.random() * weights.sum(), "right")])
+
+
+def draw_scene(
+    settings: Settings,
+    rng: np.random.Generator,
+    pairs: tuple[Pair, ...],
+    n: int,
+    first: Pair | None = None,
+) -> Scene:
+    """A scene of n things of the given pairs, of which the first may be asked for."""
+    wants = []
+    for k in range(n):
+        if k == 0 and first:
+            pair = first
+        elif k and rng.random() < settings.twins:
+            pair = wants[-1].shapes[0], wants[-1].colours[0]
+        else:
+            pair = pick(rng, pairs)
+        wants.append(Want(shapes=(pair[0],), colours=(pair[1],)))
+    return fill(settings, Spec(tuple(wants)), rng, pairs)
+
+
+def _loosen(settings: Settings, scene: Scene, rng: np.random.Generator, named: int | None) -> Spec:
+    """What a caption fixes of a scene, drawn at random; thing `named` keeps shape and colour."""
+    wants = []
+    for k, thing in enumerate(scene.things):
+        shape, colour, size, place = (
+            rng.random() >= p
+            for p in (
+                settings.open_shape,
+                settings.open_colour,
+                settings.open_size,
+                settings.open_place,
+            )
+        )
+        places = [p for p in PLACES if in_place(thing.x, thing.y, p, MARGIN)]
+        wants.append(
+            Want(
+                (thing.shape,) if shape or k == named else (),
+                (thing.colour,) if colour or k == named else (),
+                thing.size if size else None,
+                pick(rng, places) if place and places else None,
+            )
+        )
+    relations = ()
+    if len(wants) > 1 and rng.random() < settings.relations:
+        a, b = scene.things[:2]
+        relations = tuple((0, r, 1) for r in RELATIONS if related(a, r, b, 2 * MARGIN))
+        if relations:  # their places would say much the same again
+            wants[:2] = [replace(want, place=None) for want in wants[:2]]
+    grounds = (scene.ground,) if rng.random() >= settings.open_ground else ()
+    return Spec(tuple(wants), grounds, relations)
+
+
+def sample_scene(
+    settings: Settings, spec: Spec, rng: np.random.Generator, split: str = "all"
+) -> Scene:
+    """One of the scenes that satisfy a spec, with all that it leaves open drawn at random.
+
+    Things that an edit keeps are exactly as in its source. Raises ValueError where none is found:
+    the spec contradicts itself, the settings or the split.
+    """
+    return fill(settings, spec, rng, pairs_of(settings, split))
+
+
+def fill(
+    settings: Settings,
+    spec: Spec,
+    rng: np.random.Generator,
+    pairs: tuple[Pair, ...],
+    tries: int = 5000,
+) -> Scene:
+    """`sample_scene` with things of the given pairs, which gives up after so many tries."""
+    options = []
+    for want in spec.wants:
+        was = want.was
+        shapes = want.shapes or ((was.shape,) if was else settings.shapes)
+        colours = want.colours or ((was.colour,) if was else settings.colours)
+        fit = [p for p in itertools.product(shapes, colours) if p in pairs]
+        if not fit:
+            raise ValueError(f"no pair of the split and settings fits {want}")
+        options.append(fit)
+    for _ in range(tries):
+        things = _place_things(settings, spec, rng, options)
+        if things is None:
+            continue
+        grounds = spec.grounds or ((spec.source.ground,) if spec.source else settings.grounds)
+        return Scene(tuple(things), pick(rng, grounds))
+    raise ValueError(f"found no scene in {tries} tries for {spec}")
+
+
+def _place_things(
+    settings: Settings, spec: Spec, rng: np.random.Generator, options: list[list[Pair]]
+) -> list[Thing] | None:
+    """One try at all things of a spec, or None where they do not fit."""
+    things = []
+    for want, pairs in zip(spec.wants, options, strict=True):
+        was = want.was
+        shape, colour = pick(rng, pairs)
+        if was and not want.size:
+            radius = was.radius
+        else:
+            bands = {"small": settings.small, "large": settings.large}
+            low, high = bands[want.size or pick(rng, ("small", "large"))]
+            radius = low + rng.random() * (high - low)
+        near = radius * reach(shape) + settings.edge
+        for _ in range(20):
+            stays = was is not None and not want.place
+            x, y = (was.x, was.y) if stays else _position(settings, rng, near)
+            thing = Thing(shape, colour, radius, x, y)
+            if fits := _fits(settings, want, thing, things):
+                things.append(thing)
+            if fits or stays:
+                break
+        if not fits:
+            return None
+    if any(not related(things[i], r, things[j], 2 * MARGIN) for i, r, j in spec.relations):
+        return None
+    return things
+
+
+def _position(settings: Settings, rng: np.random.Generator, near: float) -> tuple[float, float]:
+    """Uniform where a thing that reaches `near` fits; the jitter draws it to a 3 x 3 grid."""
+    xy = []
+    for _ in range(2):
+        free = near + rng.random() * max(0.0, 1 - 2 * near)
+        anchor = min((near, 0.5, 1 - near), key=lambda a: abs(a - free))
+        xy.append(anchor + settings.jitter * (free - anchor))
+    return xy[0], xy[1]
+
+
+def _fits(settings: Settings, want: Want, thing: Thing, others: list[Thing]) -> bool:
+    x, y, was = thing.x, thing.y, want.was
+    reached = thing.radius * reach(thing.shape)
+    near = reached + settings.edge - 1e-9
+    if not (near <= x <= 1 - near and near <= y <= 1 - near):
+        return False
+    if want.place == ELSEWHERE:
+        if (x - was.x) ** 2 + (y - was.y) ** 2 < (FAR + MARGIN) ** 2:
+            return False
+    elif want.place and not in_place(x, y, want.place, MARGIN):
+        return False
+    return all(
+        (x - o.x) ** 2 + (y - o.y) ** 2 >= (reached + o.radius * reach(o.shape) + settings.gap) ** 2
+        for o in others
+    )
