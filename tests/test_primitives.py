@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamlite_jax.models import primitives
+from dreamlite_jax.models import depthwise, primitives
+from dreamlite_jax.models.layers import add_bias
 from dreamlite_jax.models.primitives import PLAIN
 
 
@@ -38,12 +39,37 @@ def test_layer_and_rms_norm():
     close(PLAIN.rms_norm(x, scale, eps=1e-6), rms)
 
 
-def test_norms_of_bfloat16_have_float32_statistics():
-    x = (100 + draw(2, 4, 4, 64)).astype(jnp.bfloat16)
-    ours = PLAIN.group_norm(x, np.ones(64), np.zeros(64), groups=1, eps=1e-5)
-    exact = PLAIN.group_norm(x.astype(np.float32), np.ones(64), np.zeros(64), groups=1, eps=1e-5)
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: PLAIN.group_norm(x, np.ones(64), np.zeros(64), groups=1, eps=1e-5),
+        lambda x: PLAIN.layer_norm(x, np.ones(64), np.zeros(64), eps=1e-5),
+        lambda x: PLAIN.rms_norm(x, np.ones(64), eps=1e-6),
+        PLAIN.gelu,
+        PLAIN.silu,
+    ],
+)
+def test_bfloat16_is_float32_inside(operation):
+    x = (9 + draw(2, 4, 4, 64)).astype(jnp.bfloat16)
+    ours, exact = operation(x), operation(x.astype(np.float32))
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_array_equal(ours, exact.astype(jnp.bfloat16))
+
+
+def test_scores_of_bfloat16_are_float32():
+    """Two keys whose scores of about 1000 differ by less than bfloat16 can tell there."""
+    q = jnp.full((1, 1, 1, 4), 32, jnp.bfloat16)
+    k = jnp.array([16, 15.9375], jnp.bfloat16).reshape(1, 2, 1, 1).repeat(4, 3)
+    v = jnp.array([1.0, 0.0], jnp.bfloat16).reshape(1, 2, 1, 1).repeat(4, 3)
+    weight = PLAIN.attention(q, k, v)[0, 0, 0, 0]
+    np.testing.assert_allclose(weight, 1 / (1 + np.exp(-64 * 0.0625)), rtol=5e-3)
+
+
+def test_a_long_bfloat16_sum_keeps_growing():
+    """The gradient by a bias: 32,768 pixels, far past where bfloat16 stops counting."""
+    g = jnp.full((32768, 8), 0.3, jnp.bfloat16)
+    _, vjp = jax.vjp(lambda bias: add_bias(jnp.zeros_like(g), bias), jnp.zeros(8))
+    np.testing.assert_allclose(vjp(g)[0], 32768 * float(jnp.bfloat16(0.3)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
@@ -92,21 +118,36 @@ class TestDepthwise:
     x, kernel, g = draw(2, 5, 7, 6), draw(3, 3, 1, 6, seed=1), draw(2, 5, 7, 6, seed=2)
 
     def test_the_two_lowerings_agree(self):
-        close(
-            primitives._shifted(self.x, self.kernel), primitives._grouped(self.x, self.kernel), 1e-6
-        )
+        close(depthwise.shifted(self.x, self.kernel), depthwise.grouped(self.x, self.kernel), 1e-6)
 
     def test_gradients_agree(self):
         _, ours = jax.vjp(PLAIN.depthwise_conv, self.x, self.kernel)
-        _, theirs = jax.vjp(primitives._grouped, self.x, self.kernel)
+        _, theirs = jax.vjp(depthwise.grouped, self.x, self.kernel)
         for a, b in zip(ours(self.g), theirs(self.g), strict=True):
             close(a, b)
 
-    def test_forward_mode(self):
-        primals, tangents = (self.x, self.kernel), (self.g, self.kernel[::-1])
-        _, ours = jax.jvp(PLAIN.depthwise_conv, primals, tangents)
-        _, theirs = jax.jvp(primitives._grouped, primals, tangents)
-        close(ours, theirs)
+    @pytest.mark.parametrize("order", ["jvp", "grad of grad", "grad of vmap", "vmap of grad"])
+    def test_every_mode_of_differentiation(self, order):
+        def result(conv):
+            def loss(x, kernel):
+                return jnp.sum(jnp.sin(conv(x, kernel)) * self.g)
+
+            by_both = jax.grad(loss, argnums=(0, 1))
+            xs = jnp.stack([self.x, self.g])
+            return {
+                "jvp": lambda: jax.jvp(conv, (self.x, self.kernel), (self.g, self.kernel[::-1])),
+                "grad of grad": lambda: jax.grad(
+                    lambda x: jnp.sum(by_both(x, self.kernel)[1] ** 2)
+                )(self.x),
+                "grad of vmap": lambda: jax.grad(
+                    lambda k: jnp.sum(jax.vmap(loss, (0, None))(xs, k))
+                )(self.kernel),
+                "vmap of grad": lambda: jax.vmap(by_both, (0, None))(xs, self.kernel),
+            }[order]()
+
+        ours, theirs = result(PLAIN.depthwise_conv), result(depthwise.grouped)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            close(a, b, 1e-5)
 
     @pytest.mark.parametrize(("platform", "grouped"), [("cpu", False), ("tpu", True)])
     def test_each_platform_gets_its_own(self, platform, grouped):

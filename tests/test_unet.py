@@ -62,7 +62,12 @@ def test_wrong_inputs(changes, words):
         ({"encoder_hid_dim": None}, "encoder_hid_dim and encoder_hid_dim_type go together"),
         ({"addition_embed_type": "text"}, "addition_embed_type='text' is not supported"),
         ({"projection_class_embeddings_input_dim": 9}, r"2 \* addition_time_embed_dim, got 9"),
-        ({"transformer_layers_per_block": [1, [1, 2], 1]}, "only a whole number for each level"),
+        ({"transformer_layers_per_block": [1, [1, 2], 1]}, "should be positive whole numbers"),
+        ({"transformer_layers_per_block": 0}, "transformer_layers_per_block=0 should be positive"),
+        ({"norm_num_groups": None}, "norm_num_groups=None should be positive whole numbers"),
+        ({"in_channels": "4", "ff_mult": 0}, "in_channels='4' should .*; ff_mult=0 should be"),
+        ({"norm_eps": float("nan")}, "norm_eps=nan should be a small positive number"),
+        ({"block_out_channels": 32}, "block_out_channels=32 should be a list"),
         ({"cross_attention_dim": [1, 2, 3]}, "cross_attention_dim=.* should be one number"),
         ({"layers_per_block": [1, 2]}, "layers_per_block has 2 values, block_out_channels 3"),
         ({"attention_head_dim": 5}, "attention_head_dim .number of heads. 5 does not divide"),
@@ -89,12 +94,19 @@ def test_a_width_of_text_without_a_type_means_a_projection():
     assert config.encoder_hid_dim_type == "text_proj"
 
 
-def test_unknown_remat():
+@pytest.mark.parametrize(
+    ("remat", "words"),
+    [
+        ("everything", 'remat: unknown policy "everything"'),
+        ("save_only_these_names", "remat: unknown policy"),
+        ("full@[", r'remat: "\[" is no regex'),
+        ("full@down_block_0", 'remat: "full@down_block_0" matches no block'),
+    ],
+)
+def test_wrong_remat(remat, words):
     shapes = pretrained.param_shapes(pretrained.UNET, SMALL)
-    with pytest.raises(ValueError, match='remat: unknown policy "everything"'):
-        jax.eval_shape(
-            lambda p: UNet(SMALL, remat="everything").apply({"params": p}, **inputs()), shapes
-        )
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(lambda p: UNet(SMALL, remat=remat).apply({"params": p}, **inputs()), shapes)
 
 
 def test_paths_are_easy_to_match():

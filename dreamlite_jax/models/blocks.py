@@ -22,6 +22,7 @@ from dreamlite_jax.models.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
+    add_bias,
 )
 from dreamlite_jax.models.primitives import PLAIN, Primitives
 
@@ -32,28 +33,46 @@ LAYER_NORM_EPS = 1e-5  # diffusers' BasicTransformerBlock
 TRANSFORMER_GROUP_NORM_EPS = 1e-6  # diffusers' Transformer2DModel
 
 
+REMAT_POLICIES = (
+    "none",
+    "full",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots",
+    "checkpoint_dots_with_no_batch_dims",
+)
+
+
 def rematerialised(block: type[nn.Module], spec: str, path: str) -> type[nn.Module]:
     """`block`, recomputed in the backward pass where `spec` asks for it at `path`.
 
-    spec is "none", "full" (save a block's inputs only) or the name of one of
-    `jax.checkpoint_policies` ("dots_saveable", "dots_with_no_batch_dims_saveable", ...),
-    optionally followed by "@" and a regex of the block paths it applies to:
-    "full@down_blocks_0|up_blocks_2". Residual and transformer blocks are the units.
-
-    Raises:
-      ValueError: an unknown policy.
+    spec is one of REMAT_POLICIES: "none", "full" (save a block's inputs only) or a name of
+    `jax.checkpoint_policies`; optionally followed by "@" and a regex of the block paths it applies
+    to: "full@down_blocks_0|up_blocks_2". Residual and transformer blocks are the units.
     """
-    policy, _, where = spec.partition("@")
-    if policy != "none" and policy != "full" and not hasattr(jax.checkpoint_policies, policy):
-        raise ValueError(
-            f'remat: unknown policy "{policy}"; expected "none", "full" or the name of one of '
-            "jax.checkpoint_policies, e.g. dots_saveable"
-        )
-    if policy == "none" or not re.search(where, path):
+    policy, where = split_remat(spec)
+    if policy == "none" or not where.search(path):
         return block
     return nn.remat(
         block, policy=None if policy == "full" else getattr(jax.checkpoint_policies, policy)
     )
+
+
+def split_remat(spec: str) -> tuple[str, re.Pattern]:
+    """A remat string's policy and places.
+
+    Raises:
+      ValueError: an unknown policy or an unusable regex.
+    """
+    policy, _, where = spec.partition("@")
+    if policy not in REMAT_POLICIES:
+        raise ValueError(
+            f'remat: unknown policy "{policy}"; supported are {", ".join(REMAT_POLICIES)}'
+        )
+    try:
+        return policy, re.compile(where)
+    except re.error as error:
+        raise ValueError(f'remat: "{where}" is no regex ({error})') from error
 
 
 class SeparableConv(nn.Module):
@@ -96,7 +115,7 @@ class ResnetBlock(nn.Module):
         h = self.ops.silu(GroupNorm(self.groups, self.eps, self.ops, name="norm1")(x))
         h = conv(inner, "conv1")(h)
         temb = Linear(inner, True, self.dtype, self.ops, name="time_emb_proj")(self.ops.silu(temb))
-        h = h + temb[:, None, None, :]
+        h = add_bias(h, temb[:, None, None, :])
         h = self.ops.silu(GroupNorm(self.groups, self.eps, self.ops, name="norm2")(h))
         h = conv(self.features, "conv2")(h)
         if x.shape[-1] != self.features:

@@ -22,6 +22,15 @@ Dtype = Any
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+def add_bias(y: Array, bias: Array) -> Array:
+    """y [..., C] + bias, added in float32 and returned in y's dtype.
+
+    The gradient by the bias is a sum over every pixel of a batch; in bfloat16 such a sum stops
+    growing after a few hundred terms.
+    """
+    return (y + bias.astype(jnp.float32)).astype(y.dtype)
+
+
 class Linear(nn.Module):
     """x [..., I] -> [..., features]; parameters kernel [I, O] and bias [O]."""
 
@@ -35,8 +44,8 @@ class Linear(nn.Module):
         kernel = self.param("kernel", uniform_fan_in, (x.shape[-1], self.features), jnp.float32)
         y = self.ops.linear(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(
-                self.dtype
+            y = add_bias(
+                y, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             )
         return y
 
@@ -63,8 +72,8 @@ class Conv(nn.Module):
             else self.ops.conv(x, kernel, self.stride)
         )
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(
-                self.dtype
+            y = add_bias(
+                y, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             )
         return y
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import linear_call
+
+from dreamlite_jax.models.depthwise import depthwise_conv
 
 
 def group_norm(x: Array, scale: Array, bias: Array, *, groups: int, eps: float) -> Array:
@@ -140,76 +141,6 @@ def conv(x: Array, kernel: Array, stride: int = 1) -> Array:
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-
-
-def depthwise_conv(x: Array, kernel: Array) -> Array:
-    """Depthwise 3x3 convolution of x [B, H, W, C] with kernel [3, 3, 1, C], zero-padded to the
-    same size.
-
-    XLA's grouped convolution on TPU and GPU; on the CPU, where that is tens of times slower than it
-    could be, nine shifted multiply-adds.
-    """
-    return lax.platform_dependent(x, kernel, cpu=_shifted, default=_grouped)
-
-
-def _grouped(x: Array, kernel: Array) -> Array:
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (1, 1),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
-
-
-@jax.custom_jvp
-def _shifted(x: Array, kernel: Array) -> Array:
-    """Depthwise convolution as nine shifted multiply-adds in float32."""
-    products = (tap * w for tap, w in zip(_taps(x), _rows(kernel), strict=True))
-    return lax.optimization_barrier(sum(products).astype(x.dtype))
-
-
-@_shifted.defjvp
-def _shifted_jvp(primals, tangents):
-    """The convolution is linear in x and in the kernel; both transposes are written by hand.
-
-    In x it is the same convolution with the kernel turned round, in the kernel one dot product a
-    tap.
-    """
-    (x, kernel), (dx, dkernel) = primals, tangents
-    along_x = linear_call(
-        lambda kernel, dx: _shifted(dx, kernel),
-        lambda kernel, g: _shifted(g, kernel[::-1, ::-1]),
-        kernel,
-        dx,
-    )
-    along_kernel = linear_call(_shifted, lambda x, g: _kernel_gradient(x, g), x, dkernel)
-    return _shifted(x, kernel), along_x + along_kernel
-
-
-def _kernel_gradient(x: Array, g: Array) -> Array:
-    """x and g [B, H, W, C] -> [3, 3, 1, C]; all nine sums in one pass over x and g."""
-    g32 = lax.optimization_barrier(g).astype(jnp.float32)
-    products = [tap * g32 for tap in _taps(x)]
-    zeros = [jnp.float32(0)] * len(products)
-    add = lambda left, right: [a + b for a, b in zip(left, right, strict=True)]  # noqa: E731
-    sums = lax.reduce(products, zeros, add, (0, 1, 2))
-    return jnp.stack(sums).reshape(3, 3, 1, -1).astype(x.dtype)
-
-
-def _taps(x: Array) -> list[Array]:
-    """The nine shifted views of x [B, H, W, C], float32, row-major over the window, zeros
-    outside."""
-    h, w = x.shape[1:3]
-    # The barrier keeps XLA's CPU fusion from recomputing whatever produced x once per tap.
-    padded = jnp.pad(lax.optimization_barrier(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    padded = lax.optimization_barrier(padded.astype(jnp.float32))
-    return [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
-
-
-def _rows(kernel: Array) -> Array:
-    return kernel.reshape(9, -1).astype(jnp.float32)
 
 
 class Primitives(NamedTuple):

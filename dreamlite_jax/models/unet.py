@@ -20,6 +20,7 @@ from dreamlite_jax.models.blocks import (
     TimestepEmbedding,
     UpBlock,
     sinusoids,
+    split_remat,
 )
 from dreamlite_jax.models.layers import Conv, GroupNorm, Linear, RMSNorm
 from dreamlite_jax.models.primitives import PLAIN, Primitives
@@ -190,8 +191,35 @@ class UNetConfig:
 _PER_LEVEL = ("layers_per_block", "transformer_layers_per_block", "attention_head_dim")
 
 
+_POSITIVE = (
+    *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups"),
+    *("cross_attention_dim", "transformer_layers_per_block", "attention_head_dim", "ff_mult"),
+    *("encoder_hid_dim", "num_kv_heads", "time_embedding_dim", "addition_time_embed_dim"),
+)
+_OPTIONAL = ("encoder_hid_dim", "num_kv_heads", "time_embedding_dim", "addition_time_embed_dim")
+
+
+def _not_positive(config: UNetConfig):
+    """Yields the settings that are not positive whole numbers but should be."""
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple) and value else (value,)
+        if value is None and name in _OPTIONAL:
+            continue
+        if not all(type(v) is int and v > 0 for v in values):
+            yield f"{name}={value!r} should be positive whole numbers"
+    if not isinstance(config.norm_eps, int | float) or not 0 < config.norm_eps < 1:
+        yield f"norm_eps={config.norm_eps!r} should be a small positive number"
+
+
 def _problems(config: UNetConfig):
     """Yields, in words, every setting that the network cannot be built with."""
+    if wrong := list(_not_positive(config)):
+        yield from wrong  # the rest divides by them
+        return
+    if not isinstance(config.block_out_channels, tuple):
+        yield f"block_out_channels={config.block_out_channels!r} should be a list, one a level"
+        return
     for names, table, kind in (
         (config.down_block_types, DOWN_BLOCKS, "down_block_types"),
         ((config.mid_block_type,), MID_BLOCKS, "mid_block_type"),
@@ -204,9 +232,7 @@ def _problems(config: UNetConfig):
         value = getattr(config, name)
         if isinstance(value, tuple) and len(value) != config.levels:
             yield f"{name} has {len(value)} values, block_out_channels {config.levels}"
-        elif name in _PER_LEVEL and not all(type(v) is int for v in config.per_level(name)):
-            yield f"{name}={value!r} is not supported, only a whole number for each level"
-    if not isinstance(config.cross_attention_dim, int):
+    if isinstance(config.cross_attention_dim, tuple):
         yield f"cross_attention_dim={config.cross_attention_dim!r} should be one number"
     if config.qk_norm not in (None, "rms_norm"):
         yield f"qk_norm={config.qk_norm!r} is not supported, only 'rms_norm' or none"
@@ -237,7 +263,7 @@ def _problems(config: UNetConfig):
             )
     heads = config.per_level("attention_head_dim")
     for channels, n in zip(config.block_out_channels, heads, strict=False):
-        if not isinstance(n, int) or channels % n or n % (config.num_kv_heads or n):
+        if channels % n or n % (config.num_kv_heads or n):
             yield (
                 f"attention_head_dim (number of heads) {n} does not divide block_out_channels "
                 f"{channels} or is not a multiple of num_kv_heads {config.num_kv_heads}"
@@ -316,6 +342,7 @@ class UNet(nn.Module):
 
     def setup(self):
         config = self.config
+        self._check_remat()
         embed = config.time_embed_dim
         kw = {"dtype": self.dtype, "ops": self.ops}
         self.time_embedding = TimestepEmbedding(embed, **kw)
@@ -410,14 +437,25 @@ class UNet(nn.Module):
             remat=self.remat,
         )
 
+    def _check_remat(self):
+        """A misspelt place would not be noticed before a pod runs out of memory."""
+        _, where = split_remat(self.remat)
+        levels = range(self.config.levels)
+        blocks = ["mid_block", *(f"{side}_blocks_{i}" for side in ("down", "up") for i in levels)]
+        parts = ("resnets_0", "attentions_0/transformer_blocks_0")
+        if not any(where.search("/".join((*self.path, b, part))) for b in blocks for part in parts):
+            raise ValueError(f'remat: "{self.remat}" matches no block, e.g. {blocks[1]}/{parts[0]}')
+
     def _check(self, latents, timesteps, context, mask, time_ids):
         config = self.config
         factor = 2 ** (config.levels - 1)
         b, h, w, c = latents.shape if latents.ndim == 4 else (0, 0, 0, 0)
         problems = []
         if latents.ndim != 4 or c != config.in_channels:
-            problems.append(f"latents {latents.shape} should be [B, H, W, {config.in_channels}]")
-        elif h % factor or w % factor:
+            raise ValueError(
+                f"U-Net input: latents {latents.shape} should be [B, H, W, {config.in_channels}]"
+            )
+        if h % factor or w % factor:
             problems.append(
                 f"latent height {h} and width {w} should be divisible by {factor} "
                 f"({config.levels} levels)"
