@@ -23,7 +23,7 @@ clean:
 	rm -rf $(VENV) *.egg-info
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 	$(RUN) -m pip install --quiet --upgrade pip
 
 $(VENV)/.base: $(VENV)/bin/python setup.cfg pyproject.toml

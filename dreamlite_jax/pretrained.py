@@ -82,7 +82,11 @@ def tensor_table(shapes: Params) -> list[Tensor]:
     rows = []
     for path, leaf in flatten_dict(shapes).items():
         rank = len(leaf.shape)
-        axes = _KERNEL_AXES[rank] if path[-1] == "kernel" else tuple(range(rank))
+        axes = _KERNEL_AXES.get(rank) if path[-1] == "kernel" else tuple(range(rank))
+        if path[-1] not in _LEAVES or axes is None:
+            raise ValueError(
+                f"no tensor is named after a parameter {'/'.join(path)} of rank {rank}"
+            )
         shape = tuple(leaf.shape[axis] for axis in axes)
         rows.append(Tensor(path, tensor_name(path), shape, axes))
     return sorted(rows, key=lambda row: row.name)
@@ -179,7 +183,7 @@ def read(
     folder = Path(model_dir) / component.folder
     table = tensor_table(param_shapes(component, config))
     files = _weight_files(folder, component.stem)
-    found = {name: (file, shape) for file in files for name, shape in _headers(file)}
+    found = _found(folder, files, component.ignored)
     _compare(folder, table, found, component.ignored)
 
     params, bad = {}, []
@@ -219,6 +223,8 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise ModelDirectoryError(f"{file}: no such file") from error
+    except OSError as error:
+        raise ModelDirectoryError(f"{file}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ModelDirectoryError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
@@ -238,14 +244,18 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
             "(.bin, .ckpt) as safetensors first"
         )
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ModelDirectoryError(f"{index}: has no weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+        raise ModelDirectoryError(f"{index}: has no weight_map from tensors to files beside it")
     files = [folder / name for name in sorted(set(weight_map.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ModelDirectoryError(
             f"{folder}: {index.name} names missing files: {', '.join(missing)}"
         )
     return files
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).name == value
 
 
 class _opened:
@@ -265,6 +275,11 @@ class _opened:
         self.handle.__exit__(kind, error, trace)
         if isinstance(error, SafetensorError | OSError):
             raise self._damaged(error) from error
+        if isinstance(error, AttributeError | TypeError):  # a dtype that NumPy does not know
+            raise ModelDirectoryError(
+                f"{self.file}: a tensor's dtype is not supported ({error}); save it as float32, "
+                "float16 or bfloat16"
+            ) from error
 
     def _damaged(self, error) -> ModelDirectoryError:
         return ModelDirectoryError(
@@ -276,6 +291,19 @@ def _headers(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     with _opened(file) as tensors:
         for name in tensors.keys():  # noqa: SIM118  a safetensors file, no dict
             yield name, tuple(tensors.get_slice(name).get_shape())
+
+
+def _found(folder: Path, files: list[Path], ignored: str) -> dict[str, tuple]:
+    """Every tensor's file and shape; a tensor that stands in two files is an error."""
+    found, twice = {}, []
+    for file in files:
+        for name, shape in _headers(file):
+            if name in found and not re.fullmatch(ignored, name):
+                twice.append(f"{name} ({found[name][0].name}, {file.name})")
+            found[name] = (file, shape)
+    if twice:
+        raise ModelDirectoryError(f"{folder}: tensors in more than one file: {', '.join(twice)}")
+    return found
 
 
 def _compare(folder: Path, table: list[Tensor], found: Mapping[str, tuple], ignored: str) -> None:
@@ -317,6 +345,7 @@ def write(
 
     Args:
       model_dir: created where it does not exist.
+      params: arrays that this process can read whole; on several hosts one process writes.
       dtype: of the tensors in the file, e.g. jnp.bfloat16; None keeps each parameter's own.
       max_shard_bytes: above this the weights are split over several files with an index.
 
@@ -334,6 +363,7 @@ def write(
         for name, rows in zip(names, shards, strict=True):
             tensors = {row.name: row.to_file(leaves[row.path], dtype) for row in rows}
             save_file(tensors, folder / name, metadata={"format": "pt"})
+            (folder / name).chmod((folder / "config.json").stat().st_mode)  # it would be 0600
         if len(shards) > 1:
             weight_map = {
                 row.name: name for name, rows in zip(names, shards, strict=True) for row in rows
@@ -379,9 +409,11 @@ class replaced_folder:
     """A fresh folder to fill; on leaving without an error it takes the place of `folder`."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder = folder.resolve()  # a link stays a link
 
     def __enter__(self) -> Path:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ModelDirectoryError(f"{self.folder}: is a file, should be a folder")
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.scratch = Path(
             tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent)
@@ -391,8 +423,20 @@ class replaced_folder:
         return self.new
 
     def __exit__(self, kind, error, trace):
-        if kind is None:
-            if self.folder.exists():
-                self.folder.rename(self.scratch / "old")
+        try:
+            if kind is None:
+                self._swap()
+        finally:
+            shutil.rmtree(self.scratch)
+
+    def _swap(self) -> None:
+        old = self.scratch / "old"
+        if not self.folder.exists():
             self.new.rename(self.folder)
-        shutil.rmtree(self.scratch)
+            return
+        self.folder.rename(old)
+        try:
+            self.new.rename(self.folder)
+        except OSError:
+            old.rename(self.folder)
+            raise

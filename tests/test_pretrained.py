@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import tracemalloc
 
 import jax
@@ -147,6 +148,70 @@ def test_a_damaged_shard_is_named(tmp_path, params):
     second = sorted((tmp_path / "unet").glob("*-00002-of-*.safetensors"))[0]
     second.write_bytes(second.read_bytes()[:-4])
     assert f"{second}: damaged or cut short" in error_of(tmp_path)
+
+
+def test_the_index_must_be_sound(tmp_path, params):
+    pretrained.write(tmp_path, UNET, SMALL, params, max_shard_bytes=10**5)
+    folder = tmp_path / "unet"
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    tensors = load_file(first)
+    name, tensor = next(iter(tensors.items()))
+    save_file({**load_file(second), name: tensor}, second)
+    assert f"tensors in more than one file: {name} ({first.name}" in error_of(tmp_path)
+    index = folder / f"{FILE}.index.json"
+    for target in ("../elsewhere.safetensors", "/x.safetensors", 7, None):
+        weight_map = json.loads(index.read_text())["weight_map"] | {name: target}
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        assert "has no weight_map from tensors to files beside it" in error_of(tmp_path)
+
+
+def test_dtypes_that_numpy_does_not_know(model_dir):
+    file = model_dir / "unet" / FILE
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    data, start = content[8 + length :], header["conv_in.bias"]["data_offsets"][0]
+    for entry in header.values():  # conv_in.bias becomes a quarter of its bytes
+        if "data_offsets" in entry and entry["data_offsets"][0] > start:
+            entry["data_offsets"] = [place - 48 for place in entry["data_offsets"]]
+    header["conv_in.bias"] = {
+        "dtype": "F8_E4M3",
+        "shape": [16],
+        "data_offsets": [start, start + 16],
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = data[: start + 16] + data[start + 64 :]
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    assert "dtype is not supported" in error_of(model_dir)
+
+
+def test_a_failed_rename_leaves_what_was_there(model_dir, params, monkeypatch):
+    before, rename = (model_dir / "unet" / FILE).read_bytes(), pathlib.Path.rename
+
+    def fails_once(self, target):
+        if self.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fails_once)
+    with pytest.raises(OSError, match="Input/output"):
+        pretrained.write(model_dir, UNET, SMALL, params)
+    assert (model_dir / "unet" / FILE).read_bytes() == before
+    assert [p.name for p in model_dir.iterdir()] == ["unet"]
+
+
+def test_places_that_are_no_folders(tmp_path, params):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "unet").symlink_to(elsewhere)
+    pretrained.write(tmp_path / "model", UNET, SMALL, params)
+    assert (tmp_path / "model" / "unet").is_symlink() and (elsewhere / FILE).is_file()
+    assert (elsewhere / FILE).stat().st_mode == (elsewhere / "config.json").stat().st_mode
+    (tmp_path / "unet").write_text("a file")
+    with pytest.raises(ModelDirectoryError, match="is a file, should be a folder"):
+        pretrained.write(tmp_path, UNET, SMALL, params)
 
 
 def test_unusable_config(model_dir):

@@ -62,7 +62,8 @@ def compare(contenders: list[Contender], rounds: int) -> list[Timing]:
         for contender, _, pipe, ready in running:
             if "error" not in ready:
                 pipe.send("step")
-                seconds[contender.name].append(_receive(pipe)["seconds"])
+                ready.update(answer := _receive(pipe))  # an error stays
+                seconds[contender.name].append(answer.get("seconds", 0.0))
     return list(_finish(running, seconds))
 
 
