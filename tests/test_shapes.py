@@ -34,16 +34,16 @@ from dreamlite_jax.data.shapes.world import in_place, reach, related
 SAMPLERS = (sample_t2i, sample_edit)
 NAMES = {"shape": shapes.SHAPES, "colour": tuple(shapes.COLOURS), "ground": tuple(shapes.GROUNDS)}
 GOLDEN_CAPTIONS = [
-    "there is a large circle against a navy background",
+    "there is a small circle against a navy background",
     "a circle at the top",
-    "a little cyan triangle at the top right and a small object on a black background",
+    "a drawing of a cyan triangle below a little cyan triangle on a navy ground",
 ]
 GOLDEN_INSTRUCTIONS = [
-    "move the big object in the top half to the right",
+    "shift the small blue square in the top half to the top right",
     "give the picture another background",
-    "add a shape",
+    "insert a shape",
 ]
-GOLDEN_THING = (0.220071, 0.393282, 0.714278)
+GOLDEN_THING = (0.158466, 0.365881, 0.769296)
 SIZE_WORDS = {"small": "small", "little": "small", "large": "large", "big": "large"}
 
 
@@ -268,6 +268,14 @@ def test_edit_targets_can_be_drawn_again():
     for k in range(200):
         edit = sample_edit(HARD, "held_out", 0, k)
         assert satisfies(sample_scene(HARD, edit.spec, rng), edit.spec)
+
+
+def test_every_caption_has_further_pictures():
+    rng = np.random.default_rng(0)
+    for settings in (DEMO, HARD):
+        for k in range(400):
+            spec = sample_t2i(settings, "all", 5, k).spec
+            assert satisfies(sample_scene(settings, spec, rng), spec)
 
 
 def test_impossible_specs_are_refused():

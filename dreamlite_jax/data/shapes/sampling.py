@@ -7,6 +7,7 @@ what was meant to test composition tests the autoencoder).
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from dreamlite_jax.data.shapes.world import (
     RELATIONS,
     SHAPES,
     SIZE_SPLIT,
+    SIZES,
     Scene,
     Spec,
     Thing,
@@ -119,7 +121,7 @@ HARD = Settings(
     ),
     counts=(0.3, 0.4, 0.3),
     small=(0.13, 0.155),
-    large=(0.2, 0.25),
+    large=(0.2, 0.235),
 )
 SETTINGS = {"quick": QUICK, "demo": DEMO, "hard": HARD}
 
@@ -274,30 +276,32 @@ def _place_things(
     settings: Settings, spec: Spec, rng: np.random.Generator, options: list[list[Pair]]
 ) -> list[Thing] | None:
     """One try at all things of a spec, or None where they do not fit."""
-    things = []
+    bodies = []  # (shape, colour, radius)
     for want, pairs in zip(spec.wants, options, strict=True):
-        was = want.was
-        shape, colour = pick(rng, pairs)
-        if was and not want.size:
-            radius = was.radius
+        if want.was and not want.size:
+            radius = want.was.radius
         else:
             bands = {"small": settings.small, "large": settings.large}
-            low, high = bands[want.size or pick(rng, ("small", "large"))]
+            low, high = bands[want.size or pick(rng, SIZES)]
             radius = low + rng.random() * (high - low)
-        near = radius * reach(shape) + settings.edge
-        for _ in range(20):
-            stays = was is not None and not want.place
-            x, y = (was.x, was.y) if stays else _position(settings, rng, near)
-            thing = Thing(shape, colour, radius, x, y)
-            if fits := _fits(settings, want, thing, things):
-                things.append(thing)
-            if fits or stays:
+        bodies.append((*pick(rng, pairs), radius))
+    things: dict[int, Thing] = {}
+    # Those that stay where they were, then the largest first: most tries find room this way.
+    stays = [want.was is not None and not want.place for want in spec.wants]
+    for k in sorted(range(len(bodies)), key=lambda k: (not stays[k], -bodies[k][2])):
+        want, body = spec.wants[k], bodies[k]
+        near = body[2] * reach(body[0]) + settings.edge
+        for _ in range(1 if stays[k] else 20):
+            xy = (want.was.x, want.was.y) if stays[k] else _position(settings, rng, near)
+            thing = Thing(*body, *xy)
+            if _fits(settings, want, thing, things.values()):
+                things[k] = thing
                 break
-        if not fits:
+        if k not in things:
             return None
     if any(not related(things[i], r, things[j], 2 * MARGIN) for i, r, j in spec.relations):
         return None
-    return things
+    return [things[k] for k in range(len(bodies))]
 
 
 def _position(settings: Settings, rng: np.random.Generator, near: float) -> tuple[float, float]:
@@ -310,7 +314,7 @@ def _position(settings: Settings, rng: np.random.Generator, near: float) -> tupl
     return xy[0], xy[1]
 
 
-def _fits(settings: Settings, want: Want, thing: Thing, others: list[Thing]) -> bool:
+def _fits(settings: Settings, want: Want, thing: Thing, others: Iterable[Thing]) -> bool:
     x, y, was = thing.x, thing.y, want.was
     reached = thing.radius * reach(thing.shape)
     near = reached + settings.edge - 1e-9
