@@ -15,6 +15,7 @@ from PIL import Image
 from dreamlite_jax.data import pictures, prompts
 from dreamlite_jax.data.prompts import EDIT, GENERATE
 from dreamlite_jax.diffusion import flow, sampling
+from dreamlite_jax.errors import UserError
 from dreamlite_jax.system import (
     Config,
     System,
@@ -27,7 +28,7 @@ from dreamlite_jax.system import (
 )
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError):
     """Settings that this model cannot sample with: one line."""
 
 

@@ -9,10 +9,12 @@ is read.
 
 import functools
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dreamlite_jax.errors import UserError
 from dreamlite_jax.models import autoencoder, unet
 from dreamlite_jax.models.qwen3_vl import config as qwen_config
 from dreamlite_jax.models.qwen3_vl import model as qwen_model
@@ -35,7 +38,7 @@ Path_ = tuple[str, ...]
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-class ModelDirectoryError(ValueError):
+class ModelDirectoryError(UserError):
     """A model directory that cannot be used: one line with the file and what is wrong with it."""
 
 
@@ -146,10 +149,28 @@ def param_shapes(component: Component, config: Any) -> Params:
     return jax.eval_shape(lambda key: module.init(key, *example), jax.random.key(0))["params"]
 
 
-def init_params(component: Component, config: Any, key: jax.Array) -> Params:
-    """Fresh random parameters, float32."""
-    module, example = component.module(config), component.example(config)
-    return jax.jit(lambda key: module.init(key, *example)["params"])(key)
+def init_params(component: Component, config: Any, seed: int) -> Params:
+    """Fresh random parameters, float32 NumPy: those of the modules' own initialisers.
+
+    Drawn on the host, so that nothing is compiled (XLA takes a minute for a thousand draws) and any
+    number of devices and hosts begins alike: a leaf depends on the seed and its path alone.
+    """
+
+    def draw(path: Path_, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        name, shape = path[-1], leaf.shape
+        if name in ("bias", "scale"):
+            return np.full(shape, name == "scale", np.float32)
+        rng = np.random.default_rng((seed, zlib.crc32("/".join(path).encode())))
+        if name == "embedding":
+            return rng.standard_normal(shape, np.float32) * np.float32(_EMBEDDING_STD)
+        reach = math.prod(shape[:-1]) ** -0.5  # `layers.uniform_fan_in`
+        return rng.uniform(-reach, reach, shape).astype(np.float32)
+
+    shapes = flatten_dict(param_shapes(component, config))
+    return unflatten_dict({path: draw(path, leaf) for path, leaf in shapes.items()})
+
+
+_EMBEDDING_STD = 0.02  # the default of Qwen3-VL's `initializer_range`
 
 
 # --- Reading --------------------------------------------------------------------------------------

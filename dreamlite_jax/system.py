@@ -30,6 +30,7 @@ from dreamlite_jax.data import prompts
 from dreamlite_jax.data.prompts import DropCounts, Prompter
 from dreamlite_jax.diffusion import flow, sampling
 from dreamlite_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from dreamlite_jax.models.primitives import PLAIN, Primitives
 from dreamlite_jax.models.qwen3_vl.config import Qwen3VLConfig
 from dreamlite_jax.models.qwen3_vl.model import Qwen3VL
 from dreamlite_jax.models.unet import UNet, UNetConfig
@@ -46,7 +47,11 @@ _INDEX, _PROMPTS, _SCHEDULER = "model_index.json", "prompts.json", "scheduler_co
 
 
 class Config(NamedTuple):
-    """All that is static about a model. `dtype` is what the networks compute in."""
+    """All that is static about a model.
+
+    `dtype` is what the networks compute in, `remat` what the U-Net computes again for its gradient
+    (`blocks.rematerialised`), `ops` the form of the primitives.
+    """
 
     unet: UNetConfig
     vae: AutoencoderConfig
@@ -55,6 +60,8 @@ class Config(NamedTuple):
     drop: DropCounts = DropCounts()
     mobile: bool = False
     dtype: Any = jnp.float32
+    remat: str = "none"
+    ops: Primitives = PLAIN
 
     @property
     def pixel_multiple(self) -> int:
@@ -110,9 +117,33 @@ def encode_texts(
       inputs: of `prompts.prompt_inputs`.
       pad_embedding: [F], stands at padding instead of zeros. (The U-Net masks padding either way.)
     """
-    model = Qwen3VL(config.text_encoder, config.dtype)
-    hidden = model.apply({"params": params}, inputs)[:, drop:]
-    mask = inputs["attention_mask"][:, drop:]
+    hidden = Qwen3VL(config.text_encoder, config.dtype, config.ops).apply(
+        {"params": params}, inputs
+    )
+    return _padded(hidden[:, drop:], inputs["attention_mask"][:, drop:], pad_embedding)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "length"))
+def encode_rows(
+    config: Config,
+    params: Params,
+    inputs: prompts.QwenInputs,
+    drop: Array,
+    length: int,
+    pad_embedding: Array | None = None,
+) -> Texts:
+    """As `encode_texts`, of rows of both modes: row b drops its own drop[b] tokens (int32 [B]) and
+    keeps the `length` behind them."""
+    hidden = Qwen3VL(config.text_encoder, config.dtype, config.ops).apply(
+        {"params": params}, inputs
+    )
+    places = drop[:, None] + jnp.arange(length)
+    mask = jnp.take_along_axis(inputs["attention_mask"], places, 1, mode="fill", fill_value=False)
+    hidden = jnp.take_along_axis(hidden, places[:, :, None], 1, mode="clip")
+    return _padded(hidden, mask, pad_embedding)
+
+
+def _padded(hidden: Array, mask: Array, pad_embedding: Array | None) -> Texts:
     padding = jnp.zeros((), hidden.dtype) if pad_embedding is None else pad_embedding
     return Texts(jnp.where(mask[:, :, None], hidden, padding.astype(hidden.dtype)), mask)
 
@@ -121,14 +152,14 @@ def encode_texts(
 def encode_pictures(config: Config, params: Params, values: Array) -> Array:
     """float32 [B, H, W, 3] in [-1, 1] -> latents float32 [B, h, w, c]; params of the
     autoencoder."""
-    model = Autoencoder(config.vae, config.dtype)
+    model = Autoencoder(config.vae, config.dtype, config.ops)
     return model.apply({"params": params}, values, method="encode")
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def decode_latents(config: Config, params: Params, latents: Array) -> Array:
     """Latents [B, h, w, c] -> float32 [B, H, W, 3], about [-1, 1]; params of the autoencoder."""
-    model = Autoencoder(config.vae, config.dtype)
+    model = Autoencoder(config.vae, config.dtype, config.ops)
     return model.apply({"params": params}, latents, method="decode")
 
 
@@ -144,7 +175,7 @@ def velocity(config: Config, params: Params, xt: Array, sigma: Array, at: Condit
     """
     both = jnp.concatenate([xt, at.source.astype(xt.dtype)], axis=2)
     timesteps = jnp.broadcast_to(flow.timestep(sigma), xt.shape[:1])
-    model = UNet(config.unet, config.dtype)
+    model = UNet(config.unet, config.dtype, config.remat, config.ops)
     vt = model.apply({"params": params}, both, timesteps, *at.texts, at.time_ids)
     return vt[:, :, : xt.shape[2]]
 

@@ -10,24 +10,15 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from dreamlite_jax.data.pictures import PictureError
-from dreamlite_jax.data.prompts import PromptError
-from dreamlite_jax.generation import SettingsError
-from dreamlite_jax.pretrained import ModelDirectoryError
+from dreamlite_jax.errors import UserError
 
 
 class CommandError(Exception):
     """Wrong use of a command: one line that says what to do."""
 
 
-_EXPECTED = (
-    CommandError,
-    ModelDirectoryError,
-    PictureError,
-    PromptError,
-    SettingsError,
-    OSError,  # a full disk, a folder without permission: the message names the file
-)
+# OSError: a full disk, a folder without permission; the message names the file.
+_EXPECTED = (CommandError, UserError, OSError)
 
 
 def run(main: Callable[[], Any], argv: list[str] | None = None) -> None:

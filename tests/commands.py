@@ -1,8 +1,11 @@
 """Runs the commands that people type, in the tests' own process."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 
 from launch import cli
@@ -10,7 +13,34 @@ from launch import cli
 
 def run(name: str, *arguments: str) -> int:
     """`python -m launch.<name> <arguments>`; returns the exit code."""
-    module = importlib.import_module(f"launch.{name}")
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+    with (
+        only_flags_of(f"launch.{name}") as module,
+        flagsaver.flagsaver(),
+        pytest.raises(SystemExit) as ended,
+    ):
         cli.run(module.main, [name, *arguments])
     return ended.value.code or 0
+
+
+_known: dict[str, list[flags.Flag]] = {}  # flags of commands, by module
+
+
+@contextlib.contextmanager
+def only_flags_of(command: str) -> Iterator:
+    """Commands have flags of the same names, and required ones: one command's at a time."""
+    _forget_all()
+    for flag in _known.pop(command, ()):
+        flags.FLAGS[flag.name] = flag
+        flags.FLAGS.register_flag_by_module(command, flag)
+    try:
+        yield importlib.import_module(command)
+    finally:
+        _forget_all()
+
+
+def _forget_all() -> None:
+    for module, found in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith("launch.") and found:
+            _known[module] = list(found)
+            for flag in _known[module]:
+                delattr(flags.FLAGS, flag.name)

@@ -14,8 +14,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from dreamlite_jax.errors import UserError
 
-class PictureError(ValueError):
+
+class PictureError(UserError):
     """A file that is no readable picture: one line."""
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dreamlite_jax.data.pictures import resized
 from dreamlite_jax.data.qwen_inputs import TEXT_BUCKETS, QwenInputs, qwen_inputs
+from dreamlite_jax.errors import UserError
 
 GENERATE, EDIT = "generate", "edit"
 MODES = (GENERATE, EDIT)
@@ -30,6 +31,7 @@ TAGS = {
 IMAGE_PAD = "<|image_pad|>"
 # The encoder's view of a source image, whatever the picture's own size, in pixels.
 IMAGE_SIDE = 512
+SEEN = (IMAGE_SIDE, IMAGE_SIDE)
 
 # A template's prefix is all up to the user's turn; its hidden states are dropped. In edit mode the
 # image's tokens and the two around them stay.
@@ -55,7 +57,7 @@ _SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 MAX_TOKENS = {GENERATE: 200, EDIT: TEXT_BUCKETS[-1] - 64}
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A prompt that cannot be encoded: one line with what is wrong and what to do."""
 
 

@@ -33,6 +33,8 @@ from dreamlite_jax.data.shapes.world import (
     related,
 )
 
+# Counts up whenever a seed and an index give another sample than before.
+VERSION = 1
 SPLITS = ("train", "iid", "held_out", "all")
 EDITS = ("recolour", "reshape", "resize", "move", "remove", "add", "ground")
 Pair = tuple[str, str]  # (shape, colour)

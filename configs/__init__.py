@@ -1,0 +1,1 @@
+"""Experiments: one file each, its docstring holds the command."""

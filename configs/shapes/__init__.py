@@ -1,0 +1,1 @@
+"""The stages on the shapes world, which needs no download."""

@@ -1,0 +1,23 @@
+"""Phase 1 on the shapes world: text to image.
+
+    python -m launch.train --config=configs/shapes/phase1_t2i.py --workdir=runs/shapes/t2i \\
+      --config.model=runs/shapes/model
+"""
+
+from configs.base import base, finished
+
+
+def get_config(variant=None):
+    config = base()
+    config.steps = 3000
+    config.batch_size = 32
+    config.image_size = 64
+    config.dtype = "float32"
+    config.data = ({"source": "shapes:demo:train", "task": "t2i"},)
+    config.validation = ({"source": "shapes:demo:held_out", "task": "t2i"},)
+    config.optim.lr = 2e-3
+    config.optim.schedule, config.optim.decay_from = "linear", 0.5
+    config.optim.warmup = 100
+    config.ema_decay = 0.995
+    config.checkpoint.every = config.sample.every = 500
+    return finished(config, variant)

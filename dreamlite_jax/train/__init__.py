@@ -1,0 +1,1 @@
+"""Training: one update, one loop, its checkpoints and what it reports."""

@@ -1,0 +1,378 @@
+"""From a config to a run: everything is checked first, and all that is wrong is said at once."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dreamlite_jax import precompute, pretrained, system, tiny
+from dreamlite_jax.data import pipeline, streams, transforms
+from dreamlite_jax.data.pipeline import Recipe
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.models import blocks, unet
+from dreamlite_jax.objectives import autoencoding, flow_matching
+from dreamlite_jax.train import checkpoint, optim, sharding, stages
+from dreamlite_jax.train.loop import Schedule, Stage
+from dreamlite_jax.train.state import Params
+
+DIFFUSION, AUTOENCODER = "diffusion", "autoencoder"
+STAGES = {DIFFUSION: flow_matching.Settings, AUTOENCODER: autoencoding.Settings}
+UNETS = {"dreamlite": unet.DREAMLITE, "tiny": unet.TINY}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+TINY = "tiny"
+
+
+class ConfigError(UserError):
+    """A config that cannot be run: all that is wrong with it, in one line."""
+
+
+class Run(NamedTuple):
+    """A config, checked and opened, before any parameter is read."""
+
+    config: system.Config
+    recipe: Recipe
+    validation: Recipe | None
+    mesh: Mesh
+    rules: tuple[sharding.Rule, ...]
+    schedule: Schedule
+    optimisation: stages.Optimisation
+    loss: Any  # the objective's settings
+    raw: ConfigDict
+    model_dir: Path
+
+
+# --- Checking -------------------------------------------------------------------------------------
+
+
+def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
+    """Checks a config and opens what it names; no parameter is read yet.
+
+    Raises:
+      ConfigError: all that is wrong.
+    """
+    problems: list[str] = []
+
+    def attempt(make, *args, **kw):
+        """The value, or None and a problem more."""
+        try:
+            return make(*args, **kw)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+            return None
+
+    problems += _wrong_numbers(raw)
+    kind = STAGES.get(raw.stage)
+    if kind is None:
+        problems.append(f"stage is {raw.stage!r}, known are {', '.join(STAGES)}")
+    loss = kind and attempt(settings_of, kind, raw.loss, "loss")
+    dropout = attempt(settings_of, transforms.Dropout, raw.dropout, "dropout")
+    optimiser = attempt(settings_of, optim.Settings, raw.optim, "optim")
+    for name, found in (("loss", loss), ("optim", optimiser)):
+        if found is not None:
+            args = (raw.steps,) if name == "optim" else ()
+            problems += [f"{name}.{problem}" for problem in found.problems(*args)]
+    rules = tuple((str(regex), str(spec)) for regex, spec in raw.sharding) + sharding.RULES
+    problems += sharding.rule_problems(rules)
+    mesh = attempt(sharding.make_mesh, raw.mesh.data, raw.mesh.fsdp)
+    if mesh and raw.batch_size % (mesh.size * raw.accumulation):
+        problems.append(
+            f"batch_size {raw.batch_size} is no multiple of {mesh.size} devices x accumulation "
+            f"{raw.accumulation}"
+        )
+    model_dir = model_dir_of(raw, workdir)
+    config = attempt(_system_config, raw, model_dir)
+    recipe = validation = None
+    if config and dropout:
+        if mesh:
+            config = config._replace(ops=sharding.pinned(mesh))
+        recipe = attempt(_recipe, raw, raw.data, config, dropout, model_dir)
+        if recipe:
+            attempt(pipeline.check, recipe)
+        if raw.validation:
+            never = transforms.Dropout(0.0, 0.0, 0.0, 0.0)
+            validation = attempt(_recipe, raw, raw.validation, config, never, model_dir)
+            if validation:
+                validation = validation._replace(random_crop=False)
+                attempt(pipeline.check, validation)
+        if recipe and recipe.precomputed and "text_encoder" in raw.train:
+            problems.append("train names text_encoder, but the data holds precomputed embeddings")
+    if raw.init_from and checkpoint.folder_kind(raw.init_from) == "nothing":
+        problems.append(
+            f"init_from {raw.init_from} is neither a run with a checkpoint nor a model directory"
+        )
+    if problems:
+        raise ConfigError("; ".join(dict.fromkeys(problems)))
+    schedule = Schedule(
+        steps=raw.steps,
+        batch_size=raw.batch_size,
+        seed=raw.seed,
+        log_every=raw.log.every,
+        checkpoint_every=raw.checkpoint.every,
+        keep=raw.checkpoint.keep,
+        keep_every=raw.checkpoint.keep_every,
+        sample_every=raw.sample.every,
+        patience=raw.patience,
+        profile_at=raw.profile_at,
+    )
+    tx = optim.make_tx(optimiser, raw.steps)
+    optimisation = stages.Optimisation(tx, raw.ema_decay, raw.accumulation, optimiser.clip)
+    return Run(
+        config, recipe, validation, mesh, rules, schedule, optimisation, loss, raw, model_dir
+    )
+
+
+def settings_of(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    """A NamedTuple with defaults from a config's section.
+
+    Raises:
+      ConfigError: unknown keys, or values of another type than the default's.
+    """
+    defaults, values = kind._field_defaults, dict(values)
+    problems = [
+        f"{where}.{key} is unknown; known are {', '.join(defaults)}"
+        for key in sorted(values.keys() - defaults.keys())
+    ]
+    for key in values.keys() & defaults.keys():
+        wanted, value = type(defaults[key]), values[key]
+        if wanted is float and type(value) is int:
+            values[key] = float(value)
+        elif type(value) is not wanted:
+            problems.append(f"{where}.{key} is {value!r}, should be {wanted.__name__}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return kind(**values)
+
+
+def _wrong_numbers(raw: ConfigDict) -> list[str]:
+    found = []
+    for key in ("steps", "batch_size", "accumulation", "image_size", "checkpoint.keep"):
+        if _at(raw, key) < 1:
+            found.append(f"{key} is {_at(raw, key)}, should be at least 1")
+    for key in ("log.every", "checkpoint.every", "sample.every", "workers", "patience", "seed"):
+        if _at(raw, key) < 0:
+            found.append(f"{key} is {_at(raw, key)}, should not be negative")
+    if not 0 <= raw.ema_decay < 1:
+        found.append(f"ema_decay is {raw.ema_decay}, should be in [0, 1)")
+    if raw.dtype not in DTYPES:
+        found.append(f"dtype is {raw.dtype!r}, known are {', '.join(DTYPES)}")
+    networks = ("vae",) if raw.stage == AUTOENCODER else ("unet", "text_encoder")
+    if not raw.train or set(raw.train) - set(networks):
+        found.append(f"train is {tuple(raw.train)}, should name some of {', '.join(networks)}")
+    if not raw.data:
+        found.append("data is empty; give at least one source")
+    return found
+
+
+def _at(raw: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        raw = raw[part]
+    return raw
+
+
+def model_dir_of(raw: ConfigDict, workdir: str | os.PathLike) -> Path:
+    """The model directory of a run; a tiny one is made in its workdir."""
+    return Path(workdir) / "tiny_model" if raw.model == TINY else Path(raw.model)
+
+
+def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
+    if raw.model == TINY and not (model_dir / "model_index.json").is_file():
+        if jax.process_index() == 0:
+            tiny.tiny_model_dir(model_dir)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("tiny model")
+    config = system.read_config(model_dir, DTYPES.get(raw.dtype, jnp.float32))
+    if raw.unet and raw.unet not in UNETS:
+        raise ConfigError(f"unet is {raw.unet!r}, known are {', '.join(UNETS)}; or leave it empty")
+    network = UNETS[raw.unet] if raw.unet else config.unet
+    network = type(network).from_dict({**network.to_dict(), **raw.overrides.to_dict()})
+    vae = type(config.vae).from_dict({**config.vae.to_dict(), **raw.autoencoder.to_dict()})
+    width = config.text_encoder.text.hidden_size
+    if raw.stage == DIFFUSION and network.context_dim != width:
+        raise ConfigError(
+            f"the U-Net takes texts of width {network.context_dim}, but the text encoder of "
+            f"{model_dir} gives {width}"
+        )
+    blocks.split_remat(raw.remat)
+    return config._replace(unet=network, vae=vae, remat=raw.remat)
+
+
+def _recipe(
+    raw: ConfigDict,
+    entries: Sequence[Mapping[str, Any]],
+    config: system.Config,
+    dropout: transforms.Dropout,
+    model_dir: Path,
+) -> Recipe:
+    made_with, with_text = None, raw.stage == DIFFUSION
+    folders = [
+        streams.precomputed_folder(entry, raw.image_size)
+        for entry in entries
+        if entry.get("precomputed", True)
+    ]
+    if with_text and any(folder is not None and folder.is_dir() for folder in folders):
+        made_with = precompute.made_with(
+            model_dir, config, image_size=raw.image_size, max_ratio=raw.max_ratio
+        )
+    found = streams.open_streams(entries, raw.image_size, made_with)
+    recipe = Recipe(
+        streams=found,
+        batch_size=raw.batch_size,
+        image_size=raw.image_size,
+        seed=raw.seed,
+        max_ratio=raw.max_ratio,
+        pixel_multiple=config.pixel_multiple,
+        latent_factor=config.vae.factor,
+        random_crop=raw.random_crop,
+        dropout=dropout,
+        text_length=raw.text_length,
+    )
+    if with_text and not recipe.precomputed:
+        prompter = system.load_prompter(model_dir, config.text_encoder)
+        recipe = recipe._replace(prompter=prompter)
+    return recipe
+
+
+# --- Opening --------------------------------------------------------------------------------------
+
+
+def networks_of(raw: ConfigDict) -> tuple[str, ...]:
+    """The networks that a stage computes with."""
+    return ("vae",) if raw.stage == AUTOENCODER else tuple(system.NETWORKS)
+
+
+def load_params(run: Run) -> tuple[Params, Params]:
+    """The parameters that are trained and those that are not, as host arrays by network.
+
+    Each network comes from the first of: the run in `init_from` (its average), the model directory
+    in `init_from`, fresh (the U-Net, or the autoencoder in its own stage), `config.model`.
+    """
+    raw, params = run.raw, {}
+    fresh = "vae" if raw.stage == AUTOENCODER else "unet"
+    kind = checkpoint.folder_kind(raw.init_from) if raw.init_from else "nothing"
+    theirs = checkpoint.read_meta(raw.init_from)[1]["networks"] if kind == "run" else []
+    for name in networks_of(raw):
+        component, config = system.NETWORKS[name], getattr(run.config, name)
+        if name in theirs:
+            shapes = pretrained.param_shapes(component, config)
+            made = checkpoint.read_part(raw.init_from, f"ema/{name}", shapes)
+            params[name], source = jax.tree.map(np.asarray, made), f"the run {raw.init_from}"
+        elif kind == "model" and (name == fresh or name in raw.train):
+            _check_same(raw.init_from, component, config)
+            params[name] = pretrained.read(raw.init_from, component)[1]
+            source = f"the model {raw.init_from}"
+        elif name == fresh:
+            params[name] = pretrained.init_params(component, config, raw.seed)
+            source = "scratch"
+        else:
+            params[name] = pretrained.read(run.model_dir, component)[1]
+            source = f"the model {run.model_dir}"
+        doing = "trained" if name in raw.train else "frozen"
+        logging.info("%s: %s, from %s", name, doing, source)
+    trained = {name: params[name] for name in raw.train}
+    return trained, {name: tree for name, tree in params.items() if name not in trained}
+
+
+def _check_same(folder: str, component: pretrained.Component, config: Any) -> None:
+    found = pretrained.read_config(folder, component)
+    differing = [
+        f"{key} {getattr(found, key)!r}, here {getattr(config, key)!r}"
+        for key in (field.name for field in dataclasses.fields(config))
+        if getattr(found, key) != getattr(config, key) and key != "sample_size"
+    ]
+    if differing:
+        raise ConfigError(
+            f"init_from {folder}: its {component.folder} is another network: {'; '.join(differing)}"
+        )
+
+
+def make_loss(run: Run):
+    """The loss function of a run's stage."""
+    if run.raw.stage == AUTOENCODER:
+        return stages.autoencoder_loss(run.config, run.loss)
+    return stages.diffusion_loss(run.config, run.recipe.context_length, run.loss)
+
+
+def make_stage(run: Run) -> Stage:
+    """The stage, with its parameters read and its evaluators ready."""
+    trained, frozen = load_params(run)
+    loss_fn = make_loss(run)
+    return stages.make_stage(
+        loss_fn,
+        trained,
+        frozen,
+        run.optimisation,
+        run.mesh,
+        run.rules,
+        _predict_fns(run, loss_fn),
+    )
+
+
+def _predict_fns(run: Run, loss_fn) -> dict[str, Any]:
+    raw, found = run.raw, {}
+    shown = (run.validation or run.recipe)._replace(dropout=transforms.Dropout(0.0, 0.0, 0.0, 0.0))
+    rows = range(min(raw.sample.rows, raw.batch_size))
+    plan = pipeline.check(shown)
+    batch = pipeline.batch(shown, plan, rows, 0)
+    if raw.stage == AUTOENCODER:
+        found["reconstruction"] = stages.reconstruction_fn(run.config, batch)
+    else:
+        null = None
+        if raw.sample.guidance != 1:
+            every = transforms.Dropout(1.0, 1.0, 0.0, 0.0)
+            null = pipeline.batch(shown._replace(dropout=every), plan, rows, 0)
+        found["sample"] = stages.sample_fn(
+            run.config,
+            batch,
+            null,
+            pipeline.captions(shown, plan, rows, 0),
+            shown.context_length,
+            raw.sample.steps,
+            raw.sample.guidance,
+        )
+    if run.validation:
+        batches = [pipeline.batch(shown, plan, range(raw.batch_size), k) for k in range(2)]
+        found["validation"] = stages.validation_fn(loss_fn, batches)
+    return found
+
+
+def meta_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint keeps beside the state: enough to go on, to start from it, to export it."""
+    return {
+        "config": run.raw.to_dict(),
+        "networks": list(run.raw.train),
+        "model_dir": str(run.model_dir.resolve()),
+        "unet": run.config.unet.to_dict(),
+        "vae": run.config.vae.to_dict(),
+        "data": pipeline.description(run.recipe),
+    }
+
+
+def check_resumed(run: Run, saved: Mapping[str, Any]) -> None:
+    """Whether a run may go on from a checkpoint with this meta; what else changed is logged.
+
+    Raises:
+      mixture.MixtureError: the data changed and that is not allowed.
+    """
+    found = pipeline.check_unchanged(saved["data"], run.recipe, run.raw.allow_changed_data)
+    for line in found:
+        logging.warning("going on with changed data: %s", line)
+    before, now = (flatten_dict(config, sep=".") for config in (saved["config"], run.raw.to_dict()))
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if key != "data" and _plain(old) != _plain(new):
+            logging.warning("going on with another config: %s was %r, is %r", key, old, new)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

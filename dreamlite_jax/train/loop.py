@@ -1,0 +1,201 @@
+"""The one loop. A stage is a tuple of plain functions; `fit` runs it, saves it, goes on with it."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.train import checkpoint, metrics, signals
+from dreamlite_jax.train.metrics import Interval, Writer
+
+
+class TrainingError(UserError):
+    """A run that cannot go on: one line. What has been saved stays."""
+
+
+class Predictions(NamedTuple):
+    """What an evaluator gives: scalars and pictures (uint8 [H, W, 3] or Pillow's) by name."""
+
+    metrics: Mapping[str, Any] = {}
+    pictures: Mapping[str, Any] = {}
+
+
+class Stage(NamedTuple):
+    """A kind of training.
+
+    `init_fn(key) -> (state, frozen)` puts both where they belong on the devices; only the state is
+    donated and saved. `step_fn(state, frozen, batch, key) -> (state, metrics)` is compiled.
+    `batch_fn`, where there is one, turns a batch into another first (rollouts of a policy).
+    `predict_fns` by name: `(state, frozen, step) -> Predictions`.
+    """
+
+    init_fn: Callable[[jax.Array], tuple[Any, Any]]
+    step_fn: Callable[[Any, Any, Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
+    batch_fn: Callable[[Any, Any, Any, jax.Array], Any] | None = None
+    predict_fns: Mapping[str, Callable[[Any, Any, int], Predictions]] = {}
+
+
+class Schedule(NamedTuple):
+    """When a run does what, in steps; 0 for never."""
+
+    steps: int
+    batch_size: int
+    seed: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep: int = 3  # of the latest checkpoints
+    keep_every: int = 0  # those of multiples stay for good
+    sample_every: int = 1000
+    patience: int = 20  # updates in a row that may be skipped because they are not finite
+    profile_at: int = 0  # the step from which on a few are traced by JAX's profiler
+
+
+PROFILED = 5  # steps of a trace
+_ASK_EVERY = 10  # steps between questions whether another host was asked to leave
+
+
+def fit(
+    stage: Stage,
+    batches_from: Callable[[int], Iterator[Any]],
+    schedule: Schedule,
+    workdir: str | Path,
+    meta: Mapping[str, Any] | None = None,
+    check: Callable[[Mapping[str, Any]], None] = lambda saved: None,
+) -> tuple[Any, bool]:
+    """Trains from the latest checkpoint in `workdir`, or from the start, to the last step.
+
+    Args:
+      batches_from: step -> the batches of that step and all later ones, on the devices.
+      meta: a JSON object saved with every checkpoint.
+      check: is given the restored checkpoint's meta, and raises where it does not fit.
+
+    Returns:
+      The state, and whether the last step was reached (False: asked to leave, and saved).
+
+    Raises:
+      TrainingError: too many updates in a row were not finite.
+      checkpoint.CheckpointError: nothing can be saved or restored.
+    """
+    seed = jax.random.key(schedule.seed)
+    stream = jax.random.fold_in(seed, 1)  # of the steps; 0 is of the start
+    keeping = {"keep": schedule.keep, "keep_every": schedule.keep_every or None}
+    with (
+        signals.asked_to_leave() as asked,
+        checkpoint.open_manager(workdir, **keeping) as manager,
+    ):
+        state, frozen = stage.init_fn(jax.random.fold_in(seed, 0))
+        start, window = 0, []
+        if checkpoint.latest_step(workdir) is not None:
+            start, state, saved = checkpoint.restore(manager, abstract(state))
+            logging.info("going on from step %d of %s", start, workdir)
+            check(saved)
+            window = saved["window"]
+
+        def save(step: int, state: Any) -> None:
+            rest = {**(meta or {}), "window": _fetched(window)}
+            checkpoint.save(manager, step, state, rest)
+
+        step_fn = compiled(stage.step_fn, state)
+        clock, done = None, start
+        with Writer(workdir, resumed_at=start or None) as writer:
+            batches = batches_from(start) if start < schedule.steps else iter(())
+            while done < schedule.steps:
+                _profile(schedule, workdir, done)
+                batch, key = next(batches), jax.random.fold_in(stream, done)
+                if stage.batch_fn is not None:
+                    batch = stage.batch_fn(state, frozen, batch, key)
+                state, found = step_fn(state, frozen, batch, key)
+                window.append(found)
+                done += 1
+                # One step ahead of the devices and no more: batches must not pile up.
+                jax.block_until_ready(window[-2:][0])
+                if clock is None:
+                    jax.block_until_ready(found)
+                    clock = Interval(done, time.monotonic())  # the first step was compiled
+                if due(done, schedule.log_every) or done == schedule.steps:
+                    _log(writer, schedule, done, window, clock)
+                    window, clock = [], Interval(done, time.monotonic())
+                pause = time.monotonic()
+                if due(done, schedule.sample_every) or done == schedule.steps:
+                    _predict(stage, state, frozen, done, writer)
+                leaving = _leaving(asked, done)
+                if due(done, schedule.checkpoint_every) or done == schedule.steps or leaving:
+                    save(done, state)
+                clock = clock.without(time.monotonic() - pause)
+                if leaving and done < schedule.steps:
+                    logging.info("asked to leave: saved step %d of %d", done, schedule.steps)
+                    break
+    return state, done == schedule.steps
+
+
+def compiled(step_fn: Callable, state: Any) -> Callable:
+    """The step, donating its state, which stays where it is on the devices."""
+    where = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=(where, None))
+
+
+def abstract(state: Any) -> Any:
+    """Shapes, dtypes and shardings of a state."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+def _log(writer: Writer, schedule: Schedule, step: int, window: list, clock: Interval) -> None:
+    """Writes the means over the steps since the last time, and a line to the console."""
+    steps = _fetched(window)
+    found = {name: _mean([one[name] for one in steps]) for name in steps[-1]}
+    found |= {name: steps[-1][name] for name in ("skipped", "streak") if name in found}
+    rates = clock.rates(step, time.monotonic(), schedule.steps, schedule.batch_size)
+    writer.write(step, {**found, **rates.metrics()})
+    if jax.process_index() == 0:
+        shown = {name: found[name] for name in ("loss", "grad_norm") if name in found}
+        print(metrics.progress_line(step, schedule.steps, shown, rates), flush=True)
+    if found.get("streak", 0) > schedule.patience:
+        raise TrainingError(
+            f"{found['streak']:.0f} updates in a row up to step {step} had a loss or gradient that "
+            "is not finite; lower optim.lr, or look at the data of these steps"
+        )
+
+
+def _fetched(window: list) -> list[dict[str, float]]:
+    """Metrics of steps as numbers; those of a restored window are numbers already."""
+    return [{k: float(v) for k, v in one.items()} for one in jax.device_get(window)]
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def _predict(stage: Stage, state: Any, frozen: Any, step: int, writer: Writer) -> None:
+    for name, predict in stage.predict_fns.items():
+        found = predict(state, frozen, step)
+        if found.metrics:
+            writer.write(step, found.metrics)
+            logging.info("%s after step %d: %s", name, step, dict(found.metrics))
+        for title, picture in found.pictures.items():
+            writer.write_images(step, title, picture)
+
+
+def _leaving(asked: Callable[[], bool], step: int) -> bool:
+    if jax.process_count() == 1:
+        return asked()
+    return step % _ASK_EVERY == 0 and signals.on_any_process(asked())
+
+
+def _profile(schedule: Schedule, workdir: str | Path, step: int) -> None:
+    if schedule.profile_at and step == schedule.profile_at:
+        jax.profiler.start_trace(str(Path(workdir) / "profile"))
+    if schedule.profile_at and step == schedule.profile_at + PROFILED:
+        jax.profiler.stop_trace()

@@ -1,0 +1,138 @@
+"""Where arrays live: a mesh of two axes, rules for parameters, rows of batches.
+
+`data` goes across slices and `fsdp` within one: rows of a batch are spread over both, parameters
+(with their averages and moments) over `fsdp` alone. A rule is (regex, spec): the first regex found
+in a leaf's path decides. A spec names a mesh axis or `-` for each of the *last* axes of the array:
+"fsdp,-" spreads the second to last, whatever its rank. An axis that cannot be divided stays whole.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.models.primitives import PLAIN, Primitives
+from dreamlite_jax.train.optim import path_name
+
+AXES = ("data", "fsdp")
+ROWS = PartitionSpec(AXES)
+Rule = tuple[str, str]
+
+# Kernels [..., in, out] are spread along `in`, which a matmul contracts: a gathered kernel is then
+# what XLA chooses, and activations stay where their rows are. Depthwise ones have no `in`.
+RULES: tuple[Rule, ...] = (
+    (r"/depthwise/kernel$", "fsdp"),
+    (r"/kernel$", "fsdp,-"),
+    (r"/embedding$", "fsdp,-"),
+)
+
+
+class ShardingError(UserError):
+    """A mesh or a rule that cannot be used: one line."""
+
+
+def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh; -1 for one of the axes takes what the other leaves.
+
+    Raises:
+      ShardingError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    n, sizes = len(devices), [data, fsdp]
+    if -1 in sizes and min(sizes) == -1 and sizes.count(-1) == 1:
+        other = max(sizes)
+        sizes[sizes.index(-1)] = n // other if other > 0 and n % other == 0 else -1
+    if min(sizes) < 1 or sizes[0] * sizes[1] != n:
+        raise ShardingError(
+            f"mesh.data={data} x mesh.fsdp={fsdp} does not fit {n} devices; one may be -1, which "
+            "takes the rest"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def spec_of(path: str, shape: Sequence[int], rules: Sequence[Rule], mesh: Mesh) -> PartitionSpec:
+    """How an array lies, by the first rule that knows its path; by none: whole everywhere."""
+    for regex, spec in rules:
+        if re.search(regex, path):
+            names = [
+                None if name.strip() in ("-", "") else name.strip() for name in spec.split(",")
+            ]
+            break
+    else:
+        return PartitionSpec()
+    names = [None] * (len(shape) - len(names)) + names[max(len(names) - len(shape), 0) :]
+    fitting = [
+        name if name is None or size % mesh.shape[name] == 0 else None
+        for name, size in zip(names, shape, strict=True)
+    ]
+    return PartitionSpec(*fitting)
+
+
+def shardings(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+    """A tree of NamedShardings for a tree of arrays or ShapeDtypeStructs."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, spec_of(path_name(path), x.shape, rules, mesh)), tree
+    )
+
+
+def rule_problems(rules: Sequence[Rule]) -> list[str]:
+    """What is wrong with rules, a line each."""
+    found = []
+    for regex, spec in rules:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            found.append(f"sharding: {regex!r} is no regex: {error}")
+        unknown = {name.strip() for name in spec.split(",")} - {*AXES, "-", ""}
+        if unknown:
+            found.append(
+                f"sharding: {spec!r} names {', '.join(sorted(unknown))}; known are data, fsdp, -"
+            )
+    return found
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process's devices hold, in order."""
+    places = NamedSharding(mesh, ROWS).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (rows,) in places.values() for row in range(batch_size)[rows]})
+
+
+def spread(batch: Any, mesh: Mesh, batch_size: int) -> Any:
+    """Global arrays [B, ...] from this process's rows (`own_rows`) as NumPy."""
+    rows = NamedSharding(mesh, ROWS)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(rows, x, (batch_size, *x.shape[1:])), batch
+    )
+
+
+def place(tree: Any, where: Any) -> Any:
+    """Puts host arrays, the same on every process, where `where` (a tree of shardings) says."""
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(np.shape(x), s, lambda i, x=x: np.asarray(x)[i]),
+        tree,
+        where,
+    )
+
+
+def pinned(mesh: Mesh, ops: Primitives = PLAIN) -> Primitives:
+    """Primitives whose results keep their rows on their devices.
+
+    Left alone, XLA lets the sharding of kernels spread into activations and moves those about.
+    """
+    if mesh.size == 1:
+        return ops
+    rows = NamedSharding(mesh, ROWS)
+
+    def pin(operation):
+        def pinned_operation(x: Array, *args, **kw) -> Array:
+            return jax.lax.with_sharding_constraint(operation(x, *args, **kw), rows)
+
+        return pinned_operation
+
+    names = ("linear", "conv", "depthwise_conv")
+    return ops._replace(**{name: pin(getattr(ops, name)) for name in names})

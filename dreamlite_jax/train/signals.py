@@ -1,0 +1,49 @@
+"""SIGTERM and SIGINT ask a run to save and leave; a second one makes it leave at once."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+# What a run exits with that was asked to leave and has saved: EX_TEMPFAIL of sysexits.h, "try again
+# later"; the same command goes on from there. A run that is done exits with 0.
+EXIT_TO_RESUME = 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def asked_to_leave() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether a signal has come; to be entered in the main thread.
+
+    The second signal ends the process with 128 + its number (143 or 130), nothing is saved. On
+    leaving, signals do again what they did before.
+    """
+    came = []
+
+    def handle(number: int, _) -> None:
+        if came:
+            os._exit(128 + number)  # threads that still save would keep sys.exit waiting
+        came.append(number)
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: saves and leaves; once more to leave at once\n".encode())
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def on_any_process(flag: bool) -> bool:
+    """Whether the flag is set on any of the run's processes, so that all leave at the same step.
+
+    On several hosts every process has to call this at the same steps, as it communicates.
+    """
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())

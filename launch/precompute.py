@@ -1,0 +1,106 @@
+"""Encodes a prepared set once: latents and text embeddings, used by training instead of encoding.
+
+    python -m launch.precompute --data=SET --model=DIR --image_size=256
+
+Writes SET/precomputed-256/, shard by shard beside the records; run again after an interruption, it
+goes on. Every process of a pod encodes shards of its own on its own devices. Training takes the
+outputs where they are there, and refuses those of other encoders. Crops are the middle, not random.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from dreamlite_jax import precompute, system
+from dreamlite_jax.data import precomputed, transforms
+from dreamlite_jax.data.pipeline import MODES, differences
+from dreamlite_jax.data.records import PreparedSet
+from dreamlite_jax.data.shards import NAME, Shard, write_json, write_shard
+from dreamlite_jax.data.streams import TASK_OF
+from launch import cli
+
+DATA = flags.DEFINE_string("data", None, "folder of a prepared set", required=True)
+MODEL = flags.DEFINE_string("model", None, "model directory with the encoders", required=True)
+SIZE = flags.DEFINE_integer("image_size", None, "side of square pictures, pixels", required=True)
+MAX_RATIO = flags.DEFINE_float("max_ratio", 1.0, "aspect ratio of the widest bucket; 1: squares")
+LEAST = flags.DEFINE_integer("least", 256, "records a bucket needs; a batch or more", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch_size", 8, "records at a time and device", lower_bound=1)
+FLOAT32 = flags.DEFINE_boolean("float32", False, "compute in float32; default: bfloat16 on TPU")
+
+
+def main() -> None:
+    dtype = jnp.bfloat16 if jax.default_backend() == "tpu" and not FLOAT32.value else jnp.float32
+    config = system.read_config(MODEL.value, dtype)
+    buckets = transforms.aspect_buckets(SIZE.value, config.pixel_multiple, MAX_RATIO.value)
+    prepared = PreparedSet(DATA.value)
+    sizes = precompute.sizes_of(prepared, buckets, LEAST.value)
+    made_with = precompute.made_with(
+        MODEL.value, config, image_size=SIZE.value, max_ratio=MAX_RATIO.value
+    )
+    plan = {"prepared": prepared.fingerprint, "made_with": made_with, "least": LEAST.value}
+    folder = precomputed.folder_of(DATA.value, SIZE.value)
+    if (folder / precomputed.INDEX).is_file():
+        task = TASK_OF[prepared.kind]
+        precomputed.PrecomputedSource(folder, task, prepared.fingerprint, made_with)
+        print(f"{folder}: already complete")
+        return
+    check_plan(folder, plan)
+
+    shards = prepared.shards
+    own = range(jax.process_index(), len(shards), jax.process_count())
+    missing = [k for k in own if not note_of(folder, k).is_file()]
+    if len(missing) < len(own):
+        print(f"{folder}: {len(own) - len(missing)} of {len(own)} shards are there, going on")
+    using = precompute.encoders(system.load(MODEL.value, dtype, dtype))
+    ends = np.cumsum([shard.count for shard in shards])
+    batch_size = BATCH.value * jax.local_device_count()
+    with tqdm(total=sum(shards[k].count for k in missing), unit="record") as bar:
+        for k in missing:
+            records = range(int(ends[k]) - shards[k].count, int(ends[k]))
+            outputs = precompute.encoded(using, prepared, sizes, records, batch_size)
+            shard = write_shard(
+                folder / NAME.format(k), _counted(map(precomputed.pack, outputs), bar)
+            )
+            write_json(note_of(folder, k), shard._asdict())
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("precomputed shards")
+    if jax.process_index() == 0:
+        done = [Shard(**json.loads(note_of(folder, k).read_text())) for k in range(len(shards))]
+        drop = getattr(config.drop, MODES[TASK_OF[prepared.kind]])
+        precomputed.write_index(folder, done, sizes, prepared.fingerprint, made_with, drop)
+        size = sum(shard.bytes for shard in done) / 2**20
+        print(f"{folder}: {len(sizes)} records, {size:.1f} MiB")
+
+
+def _counted(items: Iterable[bytes], bar: tqdm) -> Iterator[bytes]:
+    for item in items:
+        yield item
+        bar.update()
+
+
+def check_plan(folder: Path, plan: dict) -> None:
+    """Keeps what an unfinished folder is made with, and refuses to go on with anything else."""
+    file = folder / "plan.json"
+    if not file.is_file():
+        write_json(file, plan)
+    elif changed := differences(json.loads(file.read_text()), plan):
+        raise cli.CommandError(
+            f"{folder} was begun otherwise: {'; '.join(changed)}; remove it or use the same again"
+        )
+
+
+def note_of(folder: Path, shard: int) -> Path:
+    """The file that says that a shard is finished."""
+    return folder / f"{NAME.format(shard)}.json"
+
+
+if __name__ == "__main__":
+    cli.run(main)

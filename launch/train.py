@@ -1,0 +1,95 @@
+"""Trains a stage: one command on a CPU, on a chip, on a pod.
+
+    python -m launch.train --config=configs/shapes/phase1_t2i.py --workdir=runs/t2i
+    python -m launch.train --config=configs/sft.py:quick --workdir=/tmp/try
+    python -m launch.train --config=configs/phase1_t2i_256.py --workdir=gs://bucket/run \\
+      --config.optim.lr=2e-4 --config.model=DIR
+
+Run again, it goes on from its latest checkpoint. SIGTERM and Ctrl-C save and leave with exit code
+75; the same command goes on. On a TPU pod, start it on every host; elsewhere several processes find
+each other by --coordinator=HOST:PORT --processes=N --process=I.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags, logging
+from ml_collections import config_flags
+
+from dreamlite_jax.data import pipeline
+from dreamlite_jax.train import config as train_config
+from dreamlite_jax.train import loop, sharding, signals
+from launch import cli
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0")
+PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are")
+PROCESS = flags.DEFINE_integer("process", None, "which of them this one is, from 0")
+CACHE = flags.DEFINE_string(
+    "compilation_cache", "~/.cache/dreamlite_jax", "folder for compiled programs; empty: none"
+)
+
+
+def main() -> None:
+    if CONFIG.value is None:
+        raise cli.CommandError("--config is missing, such as --config=configs/sft.py")
+    if CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE.value))
+    connect()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().setFormatter(None)
+    run = train_config.opened(CONFIG.value, WORKDIR.value)
+    report(run)
+    stage = train_config.make_stage(run)
+    rows = sharding.own_rows(run.mesh, run.recipe.batch_size)
+
+    def batches_from(step: int):
+        raw = run.raw
+        batches = pipeline.batches_from(
+            run.recipe, step, rows=rows, workers=raw.workers, threads=raw.threads
+        )
+        return (sharding.spread(batch, run.mesh, run.recipe.batch_size) for batch in batches)
+
+    _, done = loop.fit(
+        stage,
+        batches_from,
+        run.schedule,
+        Path(WORKDIR.value),
+        train_config.meta_of(run),
+        lambda saved: train_config.check_resumed(run, saved),
+    )
+    if not done:
+        sys.exit(signals.EXIT_TO_RESUME)
+
+
+def connect() -> None:
+    """Joins the other processes, where there are any."""
+    given = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    if any(value is not None for value in given):
+        if any(value is None for value in given):
+            raise cli.CommandError("--coordinator, --processes and --process go together")
+        jax.distributed.initialize(*given)
+    elif os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
+        jax.distributed.initialize()  # a TPU pod's environment says the rest
+
+
+def report(run: train_config.Run) -> None:
+    """A few lines on what is about to happen."""
+    if jax.process_index():
+        return
+    mesh, raw = run.mesh, run.raw
+    devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
+    print(
+        f"{devices}, mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}, "
+        f"{jax.process_count()} processes; batch {raw.batch_size} = {mesh.size} devices x "
+        f"{raw.batch_size // mesh.size // raw.accumulation} rows x accumulation {raw.accumulation}"
+    )
+    for name, source, weight in run.recipe.streams:
+        print(f"{name}: {len(source)} samples of {source.task}, weight {weight:g}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
