@@ -1,6 +1,6 @@
 """Measures this project beside what people would otherwise use, in one run.
 
-    python -m launch.benchmark --suite=unet|sample
+    python -m launch.benchmark --suite=unet|sample|data
 
 Prints one row a case: time of each contender, the ratio ours / theirs (below 1: ours is faster) and
 peak memory. Numbers are for the machine it runs on; quote the ratio. Needs the extra "parity".
@@ -14,7 +14,7 @@ from absl import app, flags
 
 from launch.benchmarks.compare import Timing, compare
 
-_SUITES = ("unet", "sample")
+_SUITES = ("unet", "sample", "data")
 _SUITE = flags.DEFINE_enum("suite", None, _SUITES, "What to measure.", required=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of every contender.", lower_bound=1)
 _ONLY = flags.DEFINE_string("only", "", "Regex: the cases to run.")
@@ -26,9 +26,10 @@ def row(case: str, timings: list[Timing]) -> str:
     ours, *others = timings
     cells = [case]
     for timing in timings:
+        workers = f" (a worker {timing.worker_mib:.0f})" if timing.worker_mib else ""
         cells.append(
             timing.error
-            or f"{timing.median_ms:.1f} ms, {timing.peak_mib:.0f} MiB peak, "
+            or f"{timing.median_ms:.1f} ms, {timing.peak_mib:.0f} MiB peak{workers}, "
             f"{timing.preparation:.0f} s to prepare"
         )
     for other in others:

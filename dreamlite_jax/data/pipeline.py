@@ -10,7 +10,7 @@ h and w latent pixels, c latent channels, L tokens, C context tokens, F text fea
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NotRequired
 
 import grain
@@ -139,17 +139,27 @@ def batches_from(
     """
     plan = check(recipe)
     rows = range(recipe.batch_size) if rows is None else tuple(rows)
+    steps = _Steps(recipe, plan, rows)
     # The prefetching is Grain's; a worker gets the recipe once, and then only step numbers.
-    data = grain.MapDataset.source(_Steps(recipe, plan, rows))[step:]
+    data = grain.MapDataset.source(steps)
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * ahead)
-    batches = data.to_iter_dataset(reading)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which notebooks lack
-            flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
-        )
-    return iter(batches)
+    if not workers:
+        return iter(data[step:].to_iter_dataset(reading))
+    if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which notebooks lack
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
+    later = iter(data[step + 1 :].to_iter_dataset(reading).mp_prefetch(options))
+    later.start_prefetch()
+    return _and_then(lambda: steps[step], later)
+
+
+def _and_then(first: Callable[[], Batch], later: Any) -> Iterator[Batch]:
+    """Workers take seconds to start: the first batch is made here meanwhile."""
+    try:
+        yield first()
+        yield from later
+    finally:
+        later.close()  # lest the workers outlive whoever stops early
 
 
 def host_rows(batch_size: int, host: int, hosts: int) -> range:

@@ -9,7 +9,10 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
 
 WARM_UP_STEPS = 2
 
@@ -28,14 +31,16 @@ class Contender(NamedTuple):
 class Timing(NamedTuple):
     """What one contender did: seconds of every counted step, of preparation, and peak MiB.
 
-    Peak memory is the process's highest resident set while it prepared and ran. Where a contender
-    failed, `error` says why in a line and the rest is empty.
+    Peak memory is the process's highest resident set while it prepared and ran; `worker_mib` that
+    of the largest of its own worker processes, at the end. Where a contender failed, `error` says
+    why in a line and the rest is empty.
     """
 
     name: str
     seconds: list[float]
     preparation: float
     peak_mib: float
+    worker_mib: float = 0.0
     error: str = ""
 
     @property
@@ -53,7 +58,7 @@ def compare(contenders: list[Contender], rounds: int) -> list[Timing]:
     running = []
     for contender in contenders:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, contender), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, contender))
         process.start()
         theirs.close()  # so that a process which dies is an end of file here, not a wait for ever
         running.append((contender, process, ours, _receive(ours)))
@@ -70,11 +75,11 @@ def compare(contenders: list[Contender], rounds: int) -> list[Timing]:
 def _finish(running: list, seconds: dict[str, list[float]]) -> Iterator[Timing]:
     for contender, process, pipe, ready in running:
         if "error" in ready:
-            yield Timing(contender.name, [], 0.0, 0.0, ready["error"])
+            yield Timing(contender.name, [], 0.0, 0.0, error=ready["error"])
         else:
             pipe.send("stop")
-            peak = _receive(pipe)["peak_mib"]
-            yield Timing(contender.name, seconds[contender.name], ready["preparation"], peak)
+            memory = _receive(pipe)
+            yield Timing(contender.name, seconds[contender.name], ready["preparation"], **memory)
         process.join()
 
 
@@ -101,10 +106,11 @@ def _serve(pipe: Any, contender: Contender) -> None:
         start = time.perf_counter()
         step()
         pipe.send({"seconds": time.perf_counter() - start})
-    pipe.send({"peak_mib": _peak_mib()})
+    workers = [_peak_mib(child.pid) for child in psutil.Process().children()]
+    pipe.send({"peak_mib": _peak_mib("self"), "worker_mib": max(workers, default=0.0)})
 
 
-def _peak_mib() -> float:
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+def _peak_mib(process: int | str) -> float:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    peaks = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    return int(peaks[0]) / 1024 if peaks else 0.0  # a process that is ending has none
