@@ -22,7 +22,8 @@ def base() -> ConfigDict:
 
     # Encoders, tokenizer and the default U-Net: a model directory, or "tiny" for a random one.
     config.model = "tiny"
-    config.unet = ""  # another U-Net's preset: "dreamlite", "tiny"; empty: that of config.model
+    # Another U-Net's preset: "dreamlite", "tiny", "nano"; empty: that of config.model.
+    config.unet = ""
     config.overrides = ConfigDict()  # of the U-Net's hyper-parameters, by their diffusers names
     config.autoencoder = ConfigDict()  # likewise of a fresh autoencoder (stage "autoencoder")
     config.train = ("unet",)  # networks that are trained: "unet", "text_encoder", "vae"
@@ -86,11 +87,11 @@ def base() -> ConfigDict:
 
 
 def quick(config: ConfigDict) -> ConfigDict:
-    """Two steps of a tiny model on the shapes world, with whatever else a config sets."""
+    """Two steps of the smallest model on the shapes world, with whatever else a config sets."""
     config.steps, config.batch_size = 2, 8
     config.accumulation = min(config.accumulation, 2)
     config.image_size, config.max_ratio = 64, 1.0
-    config.model, config.unet, config.init_from = "tiny", "", ""
+    config.model, config.unet, config.init_from = "tiny", "nano", ""
     config.overrides = ConfigDict()
     config.dtype, config.remat = "float32", "none"
     config.workers, config.threads = 0, 1

@@ -12,9 +12,10 @@ from launch import cli
 
 
 def run(name: str, *arguments: str) -> int:
-    """`python -m launch.<name> <arguments>`; returns the exit code."""
+    """`python -m launch.<name> <arguments>`, or of `convert.<name>`; returns the exit code."""
+    name = name if "." in name else f"launch.{name}"
     with (
-        only_flags_of(f"launch.{name}") as module,
+        only_flags_of(name) as module,
         flagsaver.flagsaver(),
         pytest.raises(SystemExit) as ended,
     ):
@@ -40,7 +41,7 @@ def only_flags_of(command: str) -> Iterator:
 
 def _forget_all() -> None:
     for module, found in flags.FLAGS.flags_by_module_dict().items():
-        if module.startswith("launch.") and found:
+        if module.startswith(("launch.", "convert.")) and found:
             _known[module] = list(found)
             for flag in _known[module]:
                 delattr(flags.FLAGS, flag.name)

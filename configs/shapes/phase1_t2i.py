@@ -1,7 +1,8 @@
 """Phase 1 on the shapes world: text to image.
 
-    python -m launch.train --config=configs/shapes/phase1_t2i.py --workdir=runs/shapes/t2i \\
-      --config.model=runs/shapes/model
+    python -m launch.train --config=configs/shapes/phase1_t2i.py --workdir=runs/shapes/phase1
+
+The tiny text encoder is random at first, so it is trained, too; a released one stays frozen.
 """
 
 from configs.base import base, finished
@@ -9,12 +10,14 @@ from configs.base import base, finished
 
 def get_config(variant=None):
     config = base()
-    config.steps = 3000
-    config.batch_size = 32
+    config.init_from = "runs/shapes/autoencoder"
+    config.train = ("unet", "text_encoder")
     config.image_size = 64
     config.dtype = "float32"
     config.data = ({"source": "shapes:demo:train", "task": "t2i"},)
     config.validation = ({"source": "shapes:demo:held_out", "task": "t2i"},)
+    config.batch_size = 32
+    config.steps = 3000
     config.optim.lr = 2e-3
     config.optim.schedule, config.optim.decay_from = "linear", 0.5
     config.optim.warmup = 100

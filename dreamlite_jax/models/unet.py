@@ -300,7 +300,19 @@ TINY = dataclasses.replace(
     norm_num_groups=8,
 )
 
-PRESETS = {"dreamlite": DREAMLITE, "tiny": TINY}
+# The smallest that has every kind of block: for trying a pipeline, not for learning anything.
+NANO = dataclasses.replace(
+    TINY,
+    down_block_types=("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+    up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
+    block_out_channels=(16, 32),
+    cross_attention_dim=32,
+    layers_per_block=1,
+    transformer_layers_per_block=(1, 1),
+    attention_head_dim=(2, 2),
+)
+
+PRESETS = {"dreamlite": DREAMLITE, "tiny": TINY, "nano": NANO}
 
 
 class UNet(nn.Module):

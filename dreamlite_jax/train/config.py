@@ -1,6 +1,5 @@
 """From a config to a run: everything is checked first, and all that is wrong is said at once."""
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,25 +7,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dreamlite_jax import precompute, pretrained, system, tiny
+from dreamlite_jax import precompute, system, tiny
 from dreamlite_jax.data import pipeline, streams, transforms
 from dreamlite_jax.data.pipeline import Recipe
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models import blocks, unet
 from dreamlite_jax.objectives import autoencoding, flow_matching
-from dreamlite_jax.train import checkpoint, optim, sharding, stages
+from dreamlite_jax.train import optim, origins, sharding, stages
 from dreamlite_jax.train.loop import Schedule, Stage
 from dreamlite_jax.train.state import Params
 
 DIFFUSION, AUTOENCODER = "diffusion", "autoencoder"
 STAGES = {DIFFUSION: flow_matching.Settings, AUTOENCODER: autoencoding.Settings}
-UNETS = {"dreamlite": unet.DREAMLITE, "tiny": unet.TINY}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TINY = "tiny"
 
@@ -48,6 +45,7 @@ class Run(NamedTuple):
     loss: Any  # the objective's settings
     raw: ConfigDict
     model_dir: Path
+    origins: dict[str, origins.Origin]  # of every network
 
 
 # --- Checking -------------------------------------------------------------------------------------
@@ -103,12 +101,12 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
             if validation:
                 validation = validation._replace(random_crop=False)
                 attempt(pipeline.check, validation)
-        if recipe and recipe.precomputed and "text_encoder" in raw.train:
-            problems.append("train names text_encoder, but the data holds precomputed embeddings")
-    if raw.init_from and checkpoint.folder_kind(raw.init_from) == "nothing":
-        problems.append(
-            f"init_from {raw.init_from} is neither a run with a checkpoint nor a model directory"
-        )
+    found = attempt(_origins, raw, workdir, model_dir)
+    if config and found:
+        used = {name: found[name] for name in networks_of(raw)}
+        problems += attempt(origins.problems, used, config) or []
+        if recipe and recipe.precomputed:
+            problems += _not_precomputed(raw, used, model_dir)
     if problems:
         raise ConfigError("; ".join(dict.fromkeys(problems)))
     schedule = Schedule(
@@ -126,7 +124,17 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
     tx = optim.make_tx(optimiser, raw.steps)
     optimisation = stages.Optimisation(tx, raw.ema_decay, raw.accumulation, optimiser.clip)
     return Run(
-        config, recipe, validation, mesh, rules, schedule, optimisation, loss, raw, model_dir
+        config=config,
+        recipe=recipe,
+        validation=validation,
+        mesh=mesh,
+        rules=rules,
+        schedule=schedule,
+        optimisation=optimisation,
+        loss=loss,
+        raw=raw,
+        model_dir=model_dir,
+        origins=found,
     )
 
 
@@ -192,9 +200,11 @@ def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
 
             multihost_utils.sync_global_devices("tiny model")
     config = system.read_config(model_dir, DTYPES.get(raw.dtype, jnp.float32))
-    if raw.unet and raw.unet not in UNETS:
-        raise ConfigError(f"unet is {raw.unet!r}, known are {', '.join(UNETS)}; or leave it empty")
-    network = UNETS[raw.unet] if raw.unet else config.unet
+    if raw.unet and raw.unet not in unet.PRESETS:
+        raise ConfigError(
+            f"unet is {raw.unet!r}, known are {', '.join(unet.PRESETS)}; or leave it empty"
+        )
+    network = unet.PRESETS[raw.unet] if raw.unet else config.unet
     network = type(network).from_dict({**network.to_dict(), **raw.overrides.to_dict()})
     vae = type(config.vae).from_dict({**config.vae.to_dict(), **raw.autoencoder.to_dict()})
     width = config.text_encoder.text.hidden_size
@@ -205,6 +215,40 @@ def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
         )
     blocks.split_remat(raw.remat)
     return config._replace(unet=network, vae=vae, remat=raw.remat)
+
+
+def _origins(
+    raw: ConfigDict, workdir: str | os.PathLike, model_dir: Path
+) -> dict[str, origins.Origin]:
+    fresh = "vae" if raw.stage == AUTOENCODER else "unet"
+    found = origins.choose(system.NETWORKS, raw.train, fresh, workdir, raw.init_from, model_dir)
+    given = [name for name, origin in found.items() if origin == ("model", raw.init_from)]
+    if given and raw.model == TINY:
+        raise ConfigError(
+            f'init_from {raw.init_from} is a model directory, but model is "{TINY}", whose '
+            f"encoders are random; set model to {raw.init_from}, too"
+        )
+    return found
+
+
+def _not_precomputed(
+    raw: ConfigDict, used: Mapping[str, origins.Origin], model_dir: Path
+) -> list[str]:
+    """Encoders whose outputs lie beside the data, but which are no longer those that made them."""
+    problems = []
+    for name, origin in used.items():
+        stored = f"the data holds what the {name} of {model_dir} gave"
+        if name == "unet":
+            continue
+        if name in raw.train:
+            problems.append(f'train names {name}, but {stored}: set its "precomputed" to False')
+        elif origin.kind == "run":
+            problems.append(
+                f"{stored}, but this run takes its {name} from {origin}: export that run "
+                "(python -m convert.export), precompute with the result, and set both model and "
+                "init_from to it"
+            )
+    return problems
 
 
 def _recipe(
@@ -252,48 +296,14 @@ def networks_of(raw: ConfigDict) -> tuple[str, ...]:
 
 
 def load_params(run: Run) -> tuple[Params, Params]:
-    """The parameters that are trained and those that are not, as host arrays by network.
-
-    Each network comes from the first of: the run in `init_from` (its average), the model directory
-    in `init_from`, fresh (the U-Net, or the autoencoder in its own stage), `config.model`.
-    """
+    """The parameters that are trained and those that are not, as host arrays by network."""
     raw, params = run.raw, {}
-    fresh = "vae" if raw.stage == AUTOENCODER else "unet"
-    kind = checkpoint.folder_kind(raw.init_from) if raw.init_from else "nothing"
-    theirs = checkpoint.read_meta(raw.init_from)[1]["networks"] if kind == "run" else []
     for name in networks_of(raw):
-        component, config = system.NETWORKS[name], getattr(run.config, name)
-        if name in theirs:
-            shapes = pretrained.param_shapes(component, config)
-            made = checkpoint.read_part(raw.init_from, f"ema/{name}", shapes)
-            params[name], source = jax.tree.map(np.asarray, made), f"the run {raw.init_from}"
-        elif kind == "model" and (name == fresh or name in raw.train):
-            _check_same(raw.init_from, component, config)
-            params[name] = pretrained.read(raw.init_from, component)[1]
-            source = f"the model {raw.init_from}"
-        elif name == fresh:
-            params[name] = pretrained.init_params(component, config, raw.seed)
-            source = "scratch"
-        else:
-            params[name] = pretrained.read(run.model_dir, component)[1]
-            source = f"the model {run.model_dir}"
         doing = "trained" if name in raw.train else "frozen"
-        logging.info("%s: %s, from %s", name, doing, source)
+        logging.info("%s: %s, from %s", name, doing, run.origins[name])
+        params[name] = origins.load(name, run.origins[name], getattr(run.config, name), raw.seed)
     trained = {name: params[name] for name in raw.train}
     return trained, {name: tree for name, tree in params.items() if name not in trained}
-
-
-def _check_same(folder: str, component: pretrained.Component, config: Any) -> None:
-    found = pretrained.read_config(folder, component)
-    differing = [
-        f"{key} {getattr(found, key)!r}, here {getattr(config, key)!r}"
-        for key in (field.name for field in dataclasses.fields(config))
-        if getattr(found, key) != getattr(config, key) and key != "sample_size"
-    ]
-    if differing:
-        raise ConfigError(
-            f"init_from {folder}: its {component.folder} is another network: {'; '.join(differing)}"
-        )
 
 
 def make_loss(run: Run):
@@ -350,11 +360,8 @@ def meta_of(run: Run) -> dict[str, Any]:
     """What a checkpoint keeps beside the state: enough to go on, to start from it, to export it."""
     return {
         "config": run.raw.to_dict(),
-        "networks": list(run.raw.train),
-        "model_dir": str(run.model_dir.resolve()),
-        "unet": run.config.unet.to_dict(),
-        "vae": run.config.vae.to_dict(),
         "data": pipeline.description(run.recipe),
+        **origins.meta_of(run.config, run.origins, run.raw.train, run.model_dir),
     }
 
 

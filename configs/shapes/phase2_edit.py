@@ -1,0 +1,17 @@
+"""Phase 2 on the shapes world: editing, from phase 1.
+
+python -m launch.train --config=configs/shapes/phase2_edit.py --workdir=runs/shapes/phase2
+"""
+
+from configs.base import finished
+from configs.shapes import phase1_t2i
+
+
+def get_config(variant=None):
+    config = phase1_t2i.get_config()
+    config.init_from = "runs/shapes/phase1"
+    config.data = ({"source": "shapes:demo:train", "task": "edit"},)
+    config.validation = ({"source": "shapes:demo:held_out", "task": "edit"},)
+    config.loss.weight_changed = True
+    config.optim.lr = 1.5e-3
+    return finished(config, variant)

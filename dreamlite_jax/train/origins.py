@@ -1,0 +1,194 @@
+"""Where each network of a run comes from, and how a run becomes a model again.
+
+A run starts from an earlier run, which started from another: the encoder of the first, the U-Net of
+the last, the autoencoder of neither. Every checkpoint's meta therefore says which run trained which
+network last, and all others are those of its model directory.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from dreamlite_jax import pretrained, system
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.train import checkpoint
+from dreamlite_jax.train.state import Params
+
+Part = Literal["ema", "params"]
+
+
+class OriginError(UserError):
+    """A run that a network cannot be taken from: one line."""
+
+
+class Origin(NamedTuple):
+    """Where the parameters of a network start from: the run that trained it last, a model
+    directory, scratch, or (of a run that goes on) its own checkpoint."""
+
+    kind: Literal["own", "run", "model", "scratch"]
+    folder: str = ""
+
+    def __str__(self) -> str:
+        words = {"own": "its own checkpoint in", "run": "the run", "model": "the model"}
+        return f"{words[self.kind]} {self.folder}" if self.folder else self.kind
+
+
+def trained_by(workdir: str | Path) -> dict[str, str]:
+    """Which run trained each network last, up to the run in `workdir`; networks that none of them
+    trained are left out.
+
+    Raises:
+      checkpoint.CheckpointError: no checkpoint, or none that can be read.
+    """
+    meta = checkpoint.read_meta(workdir)[1]
+    return {**meta["trained_by"], **dict.fromkeys(meta["trained"], str(Path(workdir).resolve()))}
+
+
+def choose(
+    names: Iterable[str],
+    trained: Iterable[str],
+    fresh: str,
+    workdir: str | Path,
+    init_from: str,
+    model_dir: str | Path,
+) -> dict[str, Origin]:
+    """Where each network of a run comes from.
+
+    In this order: the run's own checkpoint; the run in `init_from`, or the run before it that
+    trained the network; the model directory in `init_from`; scratch; the run's model directory.
+
+    Args:
+      names, trained: the networks that the run computes with, and those that it trains.
+      fresh: the network that may start from scratch.
+
+    Raises:
+      OriginError: `init_from` is neither a run nor a model directory.
+      checkpoint.CheckpointError: its checkpoints cannot be read.
+    """
+    own = checkpoint.folder_kind(workdir, workdir) == "own"
+    kind = checkpoint.folder_kind(init_from) if init_from and not own else "nothing"
+    if init_from and not own and kind == "nothing":
+        raise OriginError(
+            f"init_from {init_from} is neither a run with a checkpoint nor a model directory"
+        )
+    start = workdir if own else init_from
+    runs = trained_by(start) if own or kind == "run" else {}
+
+    def origin(name: str) -> Origin:
+        if own and name in trained:
+            return Origin("own", str(workdir))
+        if name in runs:
+            return Origin("run", runs[name])
+        if kind == "model" and (name == fresh or name in trained):
+            return Origin("model", str(init_from))
+        if name == fresh:
+            return Origin("scratch")
+        return Origin("model", str(model_dir))
+
+    return {name: origin(name) for name in names}
+
+
+def problems(origins: Mapping[str, Origin], config: system.Config) -> list[str]:
+    """Networks whose origin holds another network than the run's config asks for, a line each."""
+    found = []
+    for name, origin in origins.items():
+        wanted = getattr(config, name).to_dict()
+        if origin.kind == "run":
+            theirs = checkpoint.read_meta(origin.folder)[1]["configs"][name]
+        elif origin.kind == "model":
+            theirs = pretrained.read_config(origin.folder, system.NETWORKS[name]).to_dict()
+        else:
+            continue
+        differing = [
+            f"{key} is {theirs.get(key)!r} there, {value!r} here"
+            for key, value in wanted.items()
+            if _plain(theirs.get(key)) != _plain(value) and key != "sample_size"
+        ]
+        if differing:
+            found.append(f"{origin} has another {name}: {', '.join(differing)}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
+
+
+def load(name: str, origin: Origin, config: Any, seed: int = 0, part: Part = "ema") -> Params:
+    """A network's parameters as float32 host arrays.
+
+    Those of a run that goes on are zeros, which its checkpoint replaces.
+
+    Args:
+      config: the network's.
+      seed: of fresh parameters.
+      part: of a run's state.
+    """
+    component = system.NETWORKS[name]
+    shapes = pretrained.param_shapes(component, config)
+    match origin.kind:
+        case "own":
+            return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        case "run":
+            return _host(checkpoint.read_part(origin.folder, f"{part}/{name}", shapes))
+        case "model":
+            return pretrained.read(origin.folder, component, put=lambda path, array: array)[1]
+        case "scratch":
+            return pretrained.init_params(component, config, seed)
+
+
+def _host(tree: Params) -> Params:
+    return jax.tree.map(np.asarray, tree)
+
+
+def meta_of(
+    config: system.Config,
+    origins: Mapping[str, Origin],
+    trained: Iterable[str],
+    model_dir: Path,
+) -> dict[str, Any]:
+    """What a checkpoint says of its networks: for `trained_by`, `load_run` and `problems`."""
+    return {
+        "trained": list(trained),
+        "trained_by": {name: o.folder for name, o in origins.items() if o.kind == "run"},
+        "model_dir": str(model_dir.resolve()),
+        "configs": {name: getattr(config, name).to_dict() for name in system.NETWORKS},
+    }
+
+
+def load_run(
+    workdir: str | Path, step: int | None = None, part: Part = "ema", mobile: bool | None = None
+) -> system.System:
+    """The model that a run has made so far: what it and the runs before it trained, the rest of its
+    model directory.
+
+    Args:
+      step: of the run's checkpoint; None: the latest.
+      part: "ema", the average, or "params", the parameters of the last step.
+      mobile: whether it is a model for few steps without guidance; None: as its model directory.
+
+    Raises:
+      checkpoint.CheckpointError: the run, or one before it, has no such checkpoint.
+      pretrained.ModelDirectoryError: its model directory cannot be read.
+    """
+    step, meta = checkpoint.read_meta(workdir, step)
+    model_dir = Path(meta["model_dir"])
+    base = system.read_config(model_dir)
+    networks = {
+        name: component.config.from_dict(meta["configs"][name])
+        for name, component in system.NETWORKS.items()
+    }
+    config = base._replace(**networks, mobile=base.mobile if mobile is None else mobile)
+    runs = meta["trained_by"]
+    params = {}
+    for name, network in networks.items():
+        if name in meta["trained"]:
+            shapes = pretrained.param_shapes(system.NETWORKS[name], network)
+            params[name] = _host(checkpoint.read_part(workdir, f"{part}/{name}", shapes, step))
+        else:
+            origin = Origin("run", runs[name]) if name in runs else Origin("model", str(model_dir))
+            params[name] = load(name, origin, network)
+    prompter = system.load_prompter(model_dir, config.text_encoder)
+    return system.System(config, params, prompter, model_dir)
