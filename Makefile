@@ -9,7 +9,7 @@ demo: $(VENV)/.base
 	$(RUN) -m launch.demo
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -99,7 +99,9 @@ def quick(config: ConfigDict) -> ConfigDict:
     config.data = tuple(
         {"source": "shapes:quick:train", "task": task, "count": 64} for task in tasks(config)
     )
-    config.optim.warmup = 1
+    # The same for all, so that what was compiled for one serves the next.
+    config.optim.lr, config.optim.schedule, config.optim.decay_from = 1e-3, "constant", 0.0
+    config.optim.warmup, config.ema_decay = 1, 0.9
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.checkpoint.every = config.log.every = config.sample.every = 1
     config.sample.rows, config.sample.steps = 2, 2

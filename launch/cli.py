@@ -4,6 +4,7 @@ Exit codes: 0 success, 2 wrong use or unusable input (one line on stderr), 130 i
 Anything else is a fault of ours and shows its traceback.
 """
 
+import logging as std_logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,8 +31,10 @@ def run(main: Callable[[], Any], argv: list[str] | None = None) -> None:
     """
 
     def guarded(_):
+        # What JAX reports of accelerators that are not there.
+        std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # what JAX reports of backends is not ours
+            logging.set_verbosity(logging.WARNING)
         try:
             main()
         except _EXPECTED as error:

@@ -2,12 +2,13 @@
 
     python -m launch.train --config=configs/shapes/phase1_t2i.py --workdir=runs/t2i
     python -m launch.train --config=configs/sft.py:quick --workdir=/tmp/try
-    python -m launch.train --config=configs/phase1_t2i_256.py --workdir=gs://bucket/run \\
+    python -m launch.train --config=configs/phase1_t2i_256.py --workdir=/mnt/runs/256 \\
       --config.optim.lr=2e-4 --config.model=DIR
 
 Run again, it goes on from its latest checkpoint. SIGTERM and Ctrl-C save and leave with exit code
 75; the same command goes on. On a TPU pod, start it on every host; elsewhere several processes find
-each other by --coordinator=HOST:PORT --processes=N --process=I.
+each other by --coordinator=HOST:PORT --processes=N --process=I. All of them need to see the workdir
+at the same path.
 """
 
 import os
@@ -36,8 +37,14 @@ CACHE = flags.DEFINE_string(
 def main() -> None:
     if CONFIG.value is None:
         raise cli.CommandError("--config is missing, such as --config=configs/sft.py")
+    if "://" in WORKDIR.value:
+        raise cli.CommandError(
+            f"--workdir {WORKDIR.value} is an address, expected a folder: mount the bucket"
+        )
     if CACHE.value:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE.value))
+        # Hundreds of small ones, a program for each shape, take seconds together.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     connect()
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(None)

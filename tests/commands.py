@@ -2,13 +2,18 @@
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
 from launch import cli
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(name: str, *arguments: str) -> int:
@@ -17,6 +22,7 @@ def run(name: str, *arguments: str) -> int:
     with (
         only_flags_of(name) as module,
         flagsaver.flagsaver(),
+        mock.patch.object(sys, "argv", [name, *arguments]),  # where ml_collections finds overrides
         pytest.raises(SystemExit) as ended,
     ):
         cli.run(module.main, [name, *arguments])

@@ -1,6 +1,25 @@
-"""Lets tests import what they share: commands here, reference in parity/."""
+"""Lets tests import what they share: commands and training here, reference in parity/."""
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """A folder that all tests share, those of other processes too: `programs/`, compiled once, and
+    `model/`, a tiny random one."""
+    from dreamlite_jax import tiny
+
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    if not (folder / "model").is_dir():
+        with contextlib.suppress(OSError):  # another process was faster
+            tiny.tiny_model_dir(own / "model").rename(folder / "model")
+    return folder

@@ -300,7 +300,8 @@ def load_params(run: Run) -> tuple[Params, Params]:
     raw, params = run.raw, {}
     for name in networks_of(raw):
         doing = "trained" if name in raw.train else "frozen"
-        logging.info("%s: %s, from %s", name, doing, run.origins[name])
+        if jax.process_index() == 0:
+            logging.info("%s: %s, from %s", name, doing, run.origins[name])
         params[name] = origins.load(name, run.origins[name], getattr(run.config, name), raw.seed)
     trained = {name: params[name] for name in raw.train}
     return trained, {name: tree for name, tree in params.items() if name not in trained}
@@ -335,7 +336,7 @@ def _predict_fns(run: Run, loss_fn) -> dict[str, Any]:
     plan = pipeline.check(shown)
     batch = pipeline.batch(shown, plan, rows, 0)
     if raw.stage == AUTOENCODER:
-        found["reconstruction"] = stages.reconstruction_fn(run.config, batch)
+        found["reconstruction"] = stages.reconstruction_fn(run.config, run.mesh, batch)
     else:
         null = None
         if raw.sample.guidance != 1:
@@ -343,6 +344,7 @@ def _predict_fns(run: Run, loss_fn) -> dict[str, Any]:
             null = pipeline.batch(shown._replace(dropout=every), plan, rows, 0)
         found["sample"] = stages.sample_fn(
             run.config,
+            run.mesh,
             batch,
             null,
             pipeline.captions(shown, plan, rows, 0),
@@ -351,7 +353,11 @@ def _predict_fns(run: Run, loss_fn) -> dict[str, Any]:
             raw.sample.guidance,
         )
     if run.validation:
-        batches = [pipeline.batch(shown, plan, range(raw.batch_size), k) for k in range(2)]
+        rows = sharding.own_rows(run.mesh, raw.batch_size)
+        batches = [
+            sharding.spread(pipeline.batch(shown, plan, rows, k), run.mesh, raw.batch_size)
+            for k in range(2)
+        ]
         found["validation"] = stages.validation_fn(loss_fn, batches)
     return found
 

@@ -110,6 +110,8 @@ def progress_line(step: int, steps: int, metrics: Mapping[str, Any], rates: Rate
     """
     parts = [f"step {step}/{steps}"]
     parts += [f"{name} {float(value):.4g}" for name, value in metrics.items()]
+    if not rates.steps_per_second:  # the first step was compiled; how long it took says nothing
+        return "  ".join(parts)
     parts += [f"{_short(rates.steps_per_second)} steps/s"]
     parts += [f"{_short(rates.images_per_second)} images/s"]
     if rates.mfu is not None:

@@ -119,6 +119,13 @@ def place(tree: Any, where: Any) -> Any:
     )
 
 
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """Whole copies on every device, as small evaluations use them."""
+    if mesh.size == 1:
+        return tree
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+
+
 def pinned(mesh: Mesh, ops: Primitives = PLAIN) -> Primitives:
     """Primitives whose results keep their rows on their devices.
 

@@ -22,6 +22,7 @@ from dreamlite_jax.data import pictures
 from dreamlite_jax.data.mixture import TASKS
 from dreamlite_jax.data.qwen_inputs import QwenInputs
 from dreamlite_jax.diffusion import flow, sampling
+from dreamlite_jax.models.primitives import PLAIN
 from dreamlite_jax.objectives import autoencoding, flow_matching
 from dreamlite_jax.system import Condition, Texts
 from dreamlite_jax.train import sharding
@@ -154,6 +155,7 @@ def sampled(
 
 def sample_fn(
     config: system.Config,
+    mesh: Mesh,
     batch: Any,
     null: Any,
     captions: Sequence[str],
@@ -163,11 +165,15 @@ def sample_fn(
     seed: int = 0,
 ) -> Callable[[Any, Any, int], Predictions]:
     """A predict_fn: a sheet of what the averaged network makes of the batch's conditions, always
-    from the same noise: source (of edits) | sample | target."""
+    from the same noise: source (of edits) | sample | target.
+
+    The few rows are not spread: every device makes all of them.
+    """
+    config = config._replace(ops=PLAIN)
     b = len(captions)
 
     def predict(state: Any, frozen: Any, step: int) -> Predictions:
-        params = {**frozen, **state.ema}
+        params = sharding.gathered({**frozen, **state.ema}, mesh)
         h, w = batch["changed"].shape[1:]
         shape = (b, h, w, config.vae.latent_channels)
         noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
@@ -188,7 +194,8 @@ def sample_fn(
 def validation_fn(
     loss_fn: LossFn, batches: Sequence[Any], seed: int = 0
 ) -> Callable[[Any, Any, int], Predictions]:
-    """A predict_fn: the averaged network's loss on fixed batches with fixed noise."""
+    """A predict_fn: the averaged network's loss on fixed batches, spread over the devices, with
+    fixed noise."""
 
     @jax.jit
     def losses(params: Params, frozen: Params, batch: Any, key: Array):
@@ -239,8 +246,12 @@ def autoencoder_loss(config: system.Config, settings: autoencoding.Settings) -> 
     return loss_fn
 
 
-def reconstruction_fn(config: system.Config, batch: Any) -> Callable[[Any, Any, int], Predictions]:
+def reconstruction_fn(
+    config: system.Config, mesh: Mesh, batch: Any
+) -> Callable[[Any, Any, int], Predictions]:
     """A predict_fn: a sheet of picture | reconstruction by the averaged network, and its PSNR."""
+
+    config = config._replace(ops=PLAIN)
 
     @jax.jit
     def reconstructed(params: Params, values: Array) -> Array:
@@ -248,7 +259,7 @@ def reconstruction_fn(config: system.Config, batch: Any) -> Callable[[Any, Any, 
         return system.decode_latents(config, params["vae"], latents)
 
     def predict(state: Any, frozen: Any, step: int) -> Predictions:
-        made = np.asarray(reconstructed(state.ema, batch["target"]))
+        made = np.asarray(reconstructed(sharding.gathered(state.ema, mesh), batch["target"]))
         square = np.square(np.clip(made, -1, 1) - batch["target"]).mean((1, 2, 3))
         quality = np.asarray(autoencoding.psnr(square))
         pairs = zip(*(pictures.to_bytes(x) for x in (batch["target"], made)), strict=True)

@@ -59,7 +59,7 @@ def make_update(
 
     def update(state: TrainState, frozen: Any, batch: Any, key: Array):
         grads, metrics = gradients(loss_fn, state.params, frozen, batch, key, accumulation)
-        grad_norm = once(optax.global_norm(grads))
+        grad_norm = once(optax.tree.norm(grads))
         fine = once(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
         if clip:
             scale = once(jnp.minimum(1.0, clip / grad_norm))
@@ -85,8 +85,8 @@ def make_update(
         )
         metrics |= {
             "grad_norm": grad_norm,
-            "update_norm": optax.global_norm(updates),
-            "param_norm": optax.global_norm(state.params),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(state.params),
             "skipped": state.skipped.astype(jnp.float32),
             "streak": state.streak.astype(jnp.float32),
         }

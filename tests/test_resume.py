@@ -1,0 +1,117 @@
+"""Whatever happens to a run, the same command takes it to the same end."""
+
+import random
+import signal
+import time
+
+import commands
+import numpy as np
+import pytest
+import training
+from flax.traverse_util import flatten_dict
+
+from dreamlite_jax import system
+from dreamlite_jax.train import checkpoint, origins
+
+pytestmark = pytest.mark.e2e
+
+STEPS = 4
+STAGES = ("autoencoder", "phase1_t2i", "phase2_edit", "phase3_joint", "sft")
+KILLS = {"phase3_joint": 2}  # the others once
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache):
+    """The run of a stage from start to end."""
+    made = {}
+
+    def get(stage):
+        if stage not in made:
+            made[stage] = tmp_path_factory.mktemp(stage) / "run"
+            training.run(f"shapes/{stage}", made[stage], cache, f"--config.steps={STEPS}")
+        return made[stage]
+
+    return get
+
+
+def after_steps(process, log, count):
+    """Returns once a run has said that so many steps are done, or has ended."""
+    while process.poll() is None:
+        if log.exists() and log.read_text().count("\nstep ") >= count:
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_ends_as_an_undisturbed_one(stage, undisturbed, cache, tmp_path):
+    expected = training.result(undisturbed(stage))
+    given = f"shapes/{stage}", tmp_path / "run", cache, f"--config.steps={STEPS}"
+    rng = random.Random(stage)
+    for kill in range(KILLS.get(stage, 1)):
+        process = training.start(*given)
+        after_steps(process, tmp_path / "run.0.log", kill + 1)
+        # Steps are saved in the background: the moment falls before, within or after a save.
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.wait()
+    said = training.run(*given)
+    assert training.result(tmp_path / "run") == expected, said
+
+
+def test_asked_to_leave_a_run_saves_and_says_so(cache, tmp_path):
+    given = "shapes/autoencoder", tmp_path / "run", cache, "--config.checkpoint.every=0"
+    process = training.start(*given, "--config.steps=100000")
+    after_steps(process, tmp_path / "run.0.log", 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    said = (tmp_path / "run.0.log").read_text()
+    step = checkpoint.latest_step(tmp_path / "run")
+    assert f"asked to leave: saved step {step} of 100000" in said
+
+    said = training.run(*given, f"--config.steps={step + 1}")
+    assert f"going on from step {step}" in said
+    assert "going on with another config: steps was 100000" in said
+    assert checkpoint.latest_step(tmp_path / "run") == step + 1
+
+
+def test_a_run_that_diverges_ends_in_one_line_and_keeps_what_it_had(cache, tmp_path):
+    given = "shapes/autoencoder", tmp_path / "run", cache, "--config.steps=30"
+    said = training.run(*given, "--config.optim.lr=1e30", "--config.patience=2", code=2)
+    assert "3 updates in a row up to step" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    step, arrays, _ = training.result(tmp_path / "run")
+    assert step > 1 and arrays
+
+
+def test_runs_start_from_runs(undisturbed, cache, tmp_path):
+    """The autoencoder of the first, the encoder of the second, the U-Net of the last."""
+    first, second = undisturbed("autoencoder"), tmp_path / "phase1"
+    flags = ("--config.steps=1", "--config.checkpoint.every=0")
+    said = training.run("shapes/phase1_t2i", second, cache, *flags, f"--config.init_from={first}")
+    assert f"vae: frozen, from the run {first}" in said
+    assert "unet: trained, from scratch" in said
+    third = tmp_path / "sft"
+    said = training.run("shapes/sft", third, cache, *flags, f"--config.init_from={second}")
+    assert f"vae: frozen, from the run {first}" in said
+    assert f"text_encoder: frozen, from the run {second}" in said
+    assert f"unet: trained, from the run {second}" in said
+
+    out = tmp_path / "model"
+    assert commands.run("convert.export", f"--workdir={third}", f"--out={out}") == 0
+    exported = system.load(out)
+    for name, workdir in (("vae", first), ("text_encoder", second), ("unet", third)):
+        origin = origins.Origin("run", str(workdir))
+        wanted = flatten_dict(origins.load(name, origin, getattr(exported.config, name)))
+        found = flatten_dict(exported.params[name])
+        for path, leaf in wanted.items():
+            np.testing.assert_array_equal(found[path], leaf, err_msg=f"{name} {path}")
+
+
+def test_2_processes_of_4_devices(undisturbed, cache, tmp_path):
+    stage = "phase3_joint"
+    given = f"shapes/{stage}", tmp_path / "run", cache
+    said = training.run_together(*given, processes=2, devices=4)
+    assert "2 processes" in said[0]
+    assert "step 2/2" in said[0] and "step 2/2" not in said[1]
+    found, expected = (training.result(run)[2] for run in (tmp_path / "run", undisturbed(stage)))
+    training.assert_close(found, [line for line in expected if line["step"] <= 2])

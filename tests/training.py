@@ -1,0 +1,99 @@
+"""Runs of `launch.train` as processes of their own, which can be killed, and what they leave."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dreamlite_jax.train import checkpoint, metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+def shared(cache: Path) -> tuple[str, ...]:
+    """Flags of runs that need not make a model and compile what another has compiled."""
+    return f"--compilation_cache={cache / 'programs'}", f"--config.model={cache / 'model'}"
+
+
+def start(config: str, workdir: Path, cache: Path, *flags: str, devices: int = 1, **kw):
+    """`python -m launch.train --config=configs/<config>.py:quick <flags>`, under way; what it says
+    goes to <workdir>.<process>.log. `cache` is the
+    fixture's folder."""
+    log = Path(f"{workdir}.{kw.pop('process', 0)}.log")
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "launch.train"),
+            *(f"--config=configs/{config}.py:quick", f"--workdir={workdir}"),
+            *shared(cache),
+            *flags,
+        ],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+        },
+        stdout=log.open("a"),
+        stderr=subprocess.STDOUT,
+        **kw,
+    )
+
+
+def run(config: str, workdir: Path, cache: Path, *flags: str, code: int = 0, **kw) -> str:
+    """The same to its end; returns what it says."""
+    process = start(config, workdir, cache, *flags, **kw)
+    try:
+        found = process.wait(300)
+    finally:
+        process.kill()
+    said = Path(f"{workdir}.0.log").read_text()
+    assert found == code, said
+    return said
+
+
+def run_together(config: str, workdir: Path, cache: Path, *flags: str, processes: int, **kw):
+    """The same by several processes; returns what each says."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    joined = (f"--coordinator=localhost:{port}", f"--processes={processes}")
+    started = [
+        start(config, workdir, cache, *flags, *joined, f"--process={k}", process=k, **kw)
+        for k in range(processes)
+    ]
+    try:
+        codes = [process.wait(300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    said = [Path(f"{workdir}.{k}.log").read_text() for k in range(processes)]
+    assert codes == [0] * processes, said
+    return said
+
+
+def result(workdir: Path) -> tuple[int, dict, list[dict]]:
+    """The last checkpoint's step and its arrays' dtypes, shapes and checksums; the metrics of all
+    steps."""
+    step = checkpoint.latest_step(workdir)
+    saved = json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())
+    return step, saved["arrays"], metrics.read_metrics(workdir, times=False)
+
+
+# Devices sum in another order. Adam's steps are of the size of the learning rate however small a
+# gradient is: one that is rounding alone moves its parameter by 1e-3 either way. Losses are smooth
+# in the parameters and near 1; another batch, key or mean changes them by 1e-2 and more.
+RTOL = 2e-3
+
+
+def assert_close(found: list[dict], expected: list[dict]) -> None:
+    """Metrics of the same steps on other devices: losses and gradient norms agree within RTOL."""
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            if name.startswith(("loss", "val/", "grad_norm")):
+                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=RTOL), name
