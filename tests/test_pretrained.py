@@ -8,13 +8,15 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dreamlite_jax import pretrained
 from dreamlite_jax.models.autoencoder import TINY as TINY_AUTOENCODER
-from dreamlite_jax.models.unet import TINY
-from dreamlite_jax.pretrained import AUTOENCODER, UNET, ModelDirectoryError
+from dreamlite_jax.models.qwen3_vl.config import TINY as TINY_ENCODER
+from dreamlite_jax.models.unet import NANO, TINY
+from dreamlite_jax.pretrained import AUTOENCODER, TEXT_ENCODER, UNET, ModelDirectoryError
 from dreamlite_jax.tiny import random_params
 
 SMALL = dataclasses.replace(
@@ -258,3 +260,38 @@ def test_autoencoder_round_trip_and_file_form(tmp_path):
     with safe_open(tmp_path / "vae" / FILE, framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}
         assert "decoder.layers.2.conv.0.weight" in file.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("component", "config"),
+    [
+        (UNET, NANO),
+        (AUTOENCODER, TINY_AUTOENCODER),
+        (TEXT_ENCODER, TINY_ENCODER),
+    ],
+    ids=lambda part: getattr(part, "folder", ""),
+)
+def test_fresh_parameters_are_those_of_the_modules_own_initialisers(component, config):
+    """Each leaf has their range and, within five standard errors, their mean and deviation."""
+    module, example = component.module(config), component.example(config)
+    init = jax.jit(lambda key: module.init(key, *example)["params"])
+    theirs = flatten_dict(jax.device_get(init(jax.random.key(0))))
+    ours = flatten_dict(pretrained.init_params(component, config, seed=0))
+    assert ours.keys() == theirs.keys()
+    for path, wanted in theirs.items():
+        found = ours[path]
+        assert found.shape == wanted.shape and found.dtype == wanted.dtype, path
+        if path[-1] in ("scale", "bias"):
+            np.testing.assert_array_equal(found, wanted, err_msg=str(path))
+            continue
+        # Both are samples of one distribution: a difference of two means, of two deviations.
+        error = wanted.std() * np.sqrt(2 / found.size)
+        assert abs(found.mean() - wanted.mean()) < 5 * error, path
+        assert abs(found.std() - wanted.std()) < 5 * error, path
+        if path[-1] == "kernel":  # uniform: nothing lies beyond sqrt(3) deviations
+            reach = np.prod(found.shape[:-1]) ** -0.5
+            assert max(np.abs(found).max(), np.abs(wanted).max()) <= reach * (1 + 1e-6), path
+    again = flatten_dict(pretrained.init_params(component, config, seed=0))
+    other = flatten_dict(pretrained.init_params(component, config, seed=1))
+    assert all(np.array_equal(ours[path], again[path]) for path in ours)
+    assert not all(np.array_equal(ours[path], other[path]) for path in ours)
