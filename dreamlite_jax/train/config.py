@@ -78,7 +78,7 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         if found is not None:
             args = (raw.steps,) if name == "optim" else ()
             problems += [f"{name}.{problem}" for problem in found.problems(*args)]
-    rules = tuple((str(regex), str(spec)) for regex, spec in raw.sharding) + sharding.RULES
+    rules = rules_of(raw)
     problems += sharding.rule_problems(rules)
     mesh = attempt(sharding.make_mesh, raw.mesh.data, raw.mesh.fsdp)
     if mesh and raw.batch_size % (mesh.size * raw.accumulation):
@@ -121,8 +121,6 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         patience=raw.patience,
         profile_at=raw.profile_at,
     )
-    tx = optim.make_tx(optimiser, raw.steps)
-    optimisation = stages.Optimisation(tx, raw.ema_decay, raw.accumulation, optimiser.clip)
     return Run(
         config=config,
         recipe=recipe,
@@ -130,7 +128,7 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         mesh=mesh,
         rules=rules,
         schedule=schedule,
-        optimisation=optimisation,
+        optimisation=optimisation_of(raw),
         loss=loss,
         raw=raw,
         model_dir=model_dir,
@@ -158,6 +156,18 @@ def settings_of(kind: type, values: Mapping[str, Any], where: str) -> Any:
     if problems:
         raise ConfigError("; ".join(problems))
     return kind(**values)
+
+
+def optimisation_of(raw: ConfigDict) -> stages.Optimisation:
+    """How a config's parameters move."""
+    settings = settings_of(optim.Settings, raw.optim, "optim")
+    tx = optim.make_tx(settings, raw.steps)
+    return stages.Optimisation(tx, raw.ema_decay, raw.accumulation, settings.clip)
+
+
+def rules_of(raw: ConfigDict) -> tuple[sharding.Rule, ...]:
+    """The config's own rules, then the usual ones."""
+    return tuple((str(regex), str(spec)) for regex, spec in raw.sharding) + sharding.RULES
 
 
 def _wrong_numbers(raw: ConfigDict) -> list[str]:

@@ -1,0 +1,130 @@
+"""What a compiled program costs on a TPU, from the compiler's own account: nothing is run.
+
+Of a program that XLA has compiled for a TPU, its text gives for every instruction the cycles that
+the compiler expects, and the collectives; its analyses give memory, FLOPs and bytes. Two estimates
+of time come of it. The roofline takes a chip that does nothing but the arithmetic, or nothing but
+the traffic with its memory, whichever takes longer; the cycles add up what the compiler plans with.
+Neither is a measurement.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from dreamlite_jax.train.metrics import PEAK_FLOPS
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """A device as JAX sees it; figures of cloud.google.com/tpu/docs/{v5e,v5p,v6e}."""
+
+    hbm: float  # bytes
+    bandwidth: float  # of its memory, bytes/s
+    clock: float  # of the cycles that the compiler counts, 1/s
+
+
+CHIPS = {  # by device_kind
+    "TPU v5 lite": Chip(16 * GIB, 819e9, 1.5e9),
+    "TPU v5": Chip(95 * GIB, 2765e9, 1.75e9),
+    "TPU v6 lite": Chip(32 * GIB, 1640e9, 1.75e9),
+}
+
+
+class Costs(NamedTuple):
+    """Of one step on one device."""
+
+    arguments: int  # bytes: state, frozen parameters and batch
+    temporary: int  # bytes beside them, at the worst moment
+    outputs: int  # bytes that are not written over arguments
+    flops: float  # as compiled: what rematerialisation repeats counts again
+    bytes: float  # to and from memory
+    cycles: float
+    collectives: dict[str, tuple[float, float]]  # by kind: how many run, and their bytes
+
+    @property
+    def memory(self) -> int:
+        return self.arguments + self.temporary + self.outputs
+
+    def roofline_seconds(self, kind: str) -> float:
+        return max(self.flops / PEAK_FLOPS[kind], self.bytes / CHIPS[kind].bandwidth)
+
+    def cycle_seconds(self, kind: str) -> float:
+        return self.cycles / CHIPS[kind].clock
+
+
+def of(compiled: Any) -> Costs:
+    """The costs of a `jax.stages.Compiled` for a TPU."""
+    memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
+    computations = dict(_computations(compiled.as_text()))
+    cycles, collectives = 0.0, {}
+    for line, times in _instructions(computations):
+        if found := _CYCLES.search(line):
+            cycles += times * int(found[1])
+        if found := _COLLECTIVE.search(line):
+            count, size = collectives.get(found["kind"], (0.0, 0.0))
+            collectives[found["kind"]] = (count + times, size + times * _bytes(found["type"]))
+    return Costs(
+        arguments=memory.argument_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        flops=analysis["flops"],
+        bytes=analysis["bytes accessed"],
+        cycles=cycles,
+        collectives=collectives,
+    )
+
+
+def model_flops(function: Any, *arguments: Any) -> float:
+    """FLOPs of a function before compilation, over all devices: what the mathematics takes, without
+    what compilers repeat. Arguments are arrays or shapes."""
+    return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
+
+
+# --- The compiler's text --------------------------------------------------------------------------
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+# Asynchronous ones are counted where they start.
+_COLLECTIVE = re.compile(rf" = (?P<type>\(.*?\)|\S+) (?P<kind>{_KINDS})(?:-start)?\(")
+_LOOP = re.compile(r" while\(.*body=%([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_ARRAY = re.compile(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Names and lines of a program's computations; that of the entry is ""."""
+    name, lines = None, []
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY")) and line.endswith("{"):
+            name = "" if line.startswith("ENTRY") else re.match(r"%([\w.\-]+)", line)[1]
+            lines = []
+        elif line.startswith("}") and name is not None:
+            yield name, lines
+            name = None
+        else:
+            lines.append(line)
+
+
+def _instructions(
+    computations: Mapping[str, list[str]], name: str = "", times: float = 1
+) -> Iterator[tuple[str, float]]:
+    """Every instruction that runs, and how often; a loop whose trips are not known runs once."""
+    for line in computations[name]:
+        yield line, times
+        if loop := _LOOP.search(line):
+            trips = _TRIPS.search(line)
+            yield from _instructions(computations, loop[1], times * (int(trips[1]) if trips else 1))
+
+
+def _bytes(types: str) -> int:
+    """Of an array type such as bf16[8,128]{1,0}, or the largest of a tuple of them."""
+    sizes = [0]
+    for kind, bits, shape in _ARRAY.findall(types):
+        size = 1 if kind == "pred" else int(bits) / 8
+        for side in filter(None, shape.split(",")):
+            size *= int(side)
+        sizes.append(int(size))
+    return max(sizes)

@@ -1,0 +1,259 @@
+"""Compiles a config's train step for a TPU slice, on a machine without one, and says what it costs.
+
+    python -m launch.aot_compile --config=configs/phase3_joint.py --topology=v5e:4x4
+    python -m launch.aot_compile --config=configs/phase3_joint.py --topology=v5p:4x4x4 \\
+      --config.batch_size=512 --config.remat=none
+
+It is the very step of `launch.train`, with stored latents and embeddings as its batch; neither
+data nor weights are needed. Needs libtpu (pip install 'dreamlite_jax[tpu]') and, for the released
+network at 1024 px, some ten minutes. Exit code 3: it does not fit the chip's memory.
+"""
+
+import functools
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict, config_flags
+
+from dreamlite_jax import pretrained, system
+from dreamlite_jax.data import pipeline
+from dreamlite_jax.data.mixture import EDIT
+from dreamlite_jax.data.prompts import DropCounts
+from dreamlite_jax.models import autoencoder, unet
+from dreamlite_jax.objectives import flow_matching
+from dreamlite_jax.train import config as train_config
+from dreamlite_jax.train import costs, loop, sharding, stages
+from dreamlite_jax.train.metrics import PEAK_FLOPS
+from dreamlite_jax.train.state import new_state
+from dreamlite_jax.train.update import make_update
+from launch import cli
+
+DOES_NOT_FIT = 3
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "kind and shape of the slice")
+HBM = flags.DEFINE_float("hbm_gib", None, "memory of a device, GiB; default: the chip's")
+JSON = flags.DEFINE_string("json", None, "file for the figures")
+
+
+def main() -> None:
+    if CONFIG.value is None:
+        raise cli.CommandError("--config is missing, such as --config=configs/phase3_joint.py")
+    raw = CONFIG.value
+    if raw.stage != train_config.DIFFUSION:
+        raise cli.CommandError(f"the stage {raw.stage!r} is not compiled here, only diffusion")
+    devices = topology(TOPOLOGY.value)
+    kind = devices[0].device_kind
+    mesh = sharding.make_mesh(raw.mesh.data, raw.mesh.fsdp, devices)
+    if raw.batch_size % (mesh.size * raw.accumulation):
+        raise cli.CommandError(
+            f"batch_size {raw.batch_size} is no multiple of {mesh.size} devices x accumulation "
+            f"{raw.accumulation}"
+        )
+    step_fn, arguments, loss = abstract_step(raw, mesh)
+    began = time.monotonic()
+    lowered = loop.compiled(step_fn, arguments[0]).lower(*arguments)
+    print(
+        f"lowered in {time.monotonic() - began:.0f} s, compiling for {TOPOLOGY.value}", flush=True
+    )
+    began = time.monotonic()
+    found = costs.of(compiled(lowered))
+    figures = {
+        "config": raw.to_dict(),
+        "topology": TOPOLOGY.value,
+        "rows_per_device": raw.batch_size // mesh.size,
+        "compile_seconds": time.monotonic() - began,
+        "model_flops": loss / mesh.size,
+        **found._asdict(),
+    }
+    share = report(found, figures, arguments[0], kind, mesh)
+    if JSON.value:
+        Path(JSON.value).write_text(json.dumps({**figures, **share}, indent=1, default=str) + "\n")
+    room = hbm(kind)
+    if found.memory > room:
+        too_large(found.memory, room)
+
+
+def topology(name: str) -> list[Any]:
+    """The devices of a slice that is not there."""
+    from jax.experimental import topologies
+
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0"
+    )  # or libtpu asks a cloud's metadata server
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # the plugin has errors of its own
+        if "libtpu" in str(error) and "open" in str(error):
+            raise cli.CommandError(
+                "libtpu is not installed: pip install 'dreamlite_jax[tpu]'"
+            ) from error
+        raise cli.CommandError(
+            f"--topology {name}: {' '.join(str(error).split())[:200]}; expected a kind and a shape "
+            "such as v5e:4x4, v5p:4x4x4, v6e:4x4"
+        ) from error
+    if devices[0].device_kind not in costs.CHIPS:
+        known = ", ".join(costs.CHIPS)
+        raise cli.CommandError(f"--topology {name}: {devices[0].device_kind}, known are {known}")
+    return list(devices)
+
+
+def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
+    """The step of a config, shapes of its arguments on the mesh, and the FLOPs of its gradient."""
+    settings = train_config.settings_of(flow_matching.Settings, raw.loss, "loss")
+    network = unet.PRESETS.get(raw.unet or "dreamlite")
+    if network is None:
+        raise cli.CommandError(f"unet is {raw.unet!r}, known are {', '.join(unet.PRESETS)}")
+    network = type(network).from_dict({**network.to_dict(), **raw.overrides.to_dict()})
+    config = system.Config(
+        unet=network,
+        vae=autoencoder.TAESDXL,
+        text_encoder=None,
+        dtype=train_config.DTYPES[raw.dtype],
+        remat=raw.remat,
+        ops=sharding.pinned(mesh),
+    )
+    batch = abstract_batch(raw, config)
+    context_length = batch["context"].shape[1]
+    loss_fn = stages.diffusion_loss(config, context_length, settings)
+    optimisation = train_config.optimisation_of(raw)
+    step_fn = make_update(loss_fn, *optimisation)
+
+    rules = train_config.rules_of(raw)
+    trained = {"unet": pretrained.param_shapes(pretrained.UNET, network)}
+    state = jax.eval_shape(functools.partial(new_state, tx=optimisation.tx), trained)
+    state = placed(state, sharding.shardings(state, rules, mesh))
+    rows = NamedSharding(mesh, sharding.ROWS)
+    spread = placed(batch, jax.tree.map(lambda _: rows, batch))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    # Three times the forward pass: the gradient by inputs and by parameters costs one each.
+    plain = config._replace(remat="none", ops=stages.PLAIN)
+    forward = stages.diffusion_loss(plain, context_length, settings)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), raw.batch_size))
+    flops = 3 * costs.model_flops(lambda p, b, k: forward(p, {}, b, k)[0], trained, batch, keys)
+    return step_fn, (state, {}, spread, key), flops
+
+
+def abstract_batch(raw: ConfigDict, config: system.Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of stored latents and embeddings, in the square bucket."""
+    edits = any(entry.get("task") == EDIT for entry in raw.data)
+    b, side = raw.batch_size, raw.image_size // config.vae.factor
+    tokens = (raw.text_length or pipeline.default_text_length(edits)) - min(DropCounts())
+    latents = (b, side, side, config.vae.latent_channels)
+    shapes = {
+        "task": ((b,), jnp.int32),
+        "time_ids": ((b, 2), jnp.float32),
+        "has_source": ((b,), bool),
+        "changed": (latents[:3], bool),
+        "target_latents": (latents, jnp.float32),
+        "context": ((b, tokens, config.unet.context_dim), jnp.float32),
+        "context_mask": ((b, tokens), bool),
+    }
+    if edits:
+        shapes["source_latents"] = (latents, jnp.float32)
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
+def placed(tree: Any, where: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where
+    )
+
+
+def compiled(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text:
+            raise
+        sizes = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", text)
+        if not sizes:
+            fail(" ".join(text.split())[:300])
+        scale = {"G": 2**30, "M": 2**20}
+        too_large(float(sizes[1]) * scale[sizes[2]], float(sizes[3]) * scale[sizes[4]])
+
+
+def hbm(kind: str) -> float:
+    return costs.CHIPS[kind].hbm if HBM.value is None else HBM.value * costs.GIB
+
+
+def too_large(needed: float, room: float) -> None:
+    fail(
+        f"does not fit: {needed / costs.GIB:.1f} GiB a device of {room / costs.GIB:.1f}; lower "
+        "batch_size, raise accumulation, or rematerialise more (remat)"
+    )
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(DOES_NOT_FIT)
+
+
+def report(
+    found: costs.Costs, figures: dict, state: Any, kind: str, mesh: Mesh
+) -> dict[str, float]:
+    """Prints the figures; returns the shares of the peak that they imply."""
+    params = sum(x.size for x in jax.tree.leaves(state.params))
+    held = sum(
+        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
+    )
+    peak = PEAK_FLOPS[kind]
+    seconds = {"roofline": found.roofline_seconds(kind), "cycles": found.cycle_seconds(kind)}
+    shares = {
+        f"{name}_{what}_share": flops / time / peak
+        for name, time in seconds.items()
+        for what, flops in (("model", figures["model_flops"]), ("hardware", found.flops))
+    }
+    gib, tera = costs.GIB, 1e12
+    lines = {
+        "parameters": f"{params:,} trained",
+        "devices": f"{mesh.size} x {kind}, data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}, "
+        f"{figures['rows_per_device']} rows each",
+        "memory": f"{found.memory / gib:.2f} GiB of {hbm(kind) / gib:.0f}: arguments "
+        f"{found.arguments / gib:.2f} (state {held / gib:.2f}), temporary "
+        f"{found.temporary / gib:.2f}, outputs {found.outputs / gib:.2f}",
+        "arithmetic": f"{found.flops / tera:.2f} TFLOP, of which the model's "
+        f"{figures['model_flops'] / tera:.2f}",
+        "traffic": f"{found.bytes / gib:.1f} GiB",
+        "roofline": _time(seconds["roofline"], shares, "roofline"),
+        "cycles": _time(seconds["cycles"], shares, "cycles"),
+        "matmul": f"the cycles of a large one imply {100 * matmul_share(mesh, kind):.0f} % of peak",
+        "compiled in": f"{figures['compile_seconds']:.0f} s",
+    }
+    for name, (count, size) in sorted(found.collectives.items()):
+        lines[name] = f"{count:.0f} of {size / 2**20:,.0f} MiB in all"
+    for name, line in lines.items():
+        print(f"{name:18} {line}")
+    return {**{f"{name}_seconds": value for name, value in seconds.items()}, **shares}
+
+
+def _time(seconds: float, shares: dict[str, float], name: str) -> str:
+    return (
+        f"{1e3 * seconds:.1f} ms, {100 * shares[f'{name}_model_share']:.0f} % of peak for the "
+        f"model's arithmetic, {100 * shares[f'{name}_hardware_share']:.0f} % for all"
+    )
+
+
+def matmul_share(mesh: Mesh, kind: str, side: int = 16384) -> float:
+    """What the same estimate by cycles makes of a matmul that runs near the peak."""
+    square = jax.ShapeDtypeStruct(
+        (side, side), jnp.bfloat16, sharding=NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
+    found = costs.of(jax.jit(jnp.matmul).lower(square, square).compile())
+    return 2 * side**3 / found.cycle_seconds(kind) / PEAK_FLOPS[kind]
+
+
+if __name__ == "__main__":
+    cli.run(main)
