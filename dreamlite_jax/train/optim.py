@@ -1,5 +1,6 @@
 """From gradients to updates: AdamW, a schedule, masks by regex (optax)."""
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ class Settings(NamedTuple):
     schedule: str = "constant"  # after the warm-up: constant, or falling to lr * lr_end
     warmup: int = 0  # steps that the learning rate rises from 0
     decay_from: float = 0.0  # share of the steps after which "linear" and "cosine" begin to fall
-    lr_end: float = 0.0  # share of lr at the last step
+    lr_end: float = 0.0  # share of lr that is left when the steps are over
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -33,8 +34,9 @@ class Settings(NamedTuple):
         found = []
         if self.schedule not in SCHEDULES:
             found.append(f"schedule is {self.schedule!r}, known are {', '.join(SCHEDULES)}")
-        if not self.lr > 0:
-            found.append(f"lr is {self.lr}, should be positive")
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                found.append(f"{name} is {getattr(self, name)}, should be positive")
         if not 0 <= self.warmup <= steps:
             found.append(f"warmup is {self.warmup}, should be from 0 to the {steps} steps")
         for name in ("decay_from", "lr_end"):
@@ -44,8 +46,8 @@ class Settings(NamedTuple):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{name} is {getattr(self, name)}, should be in [0, 1)")
         for name in ("weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                found.append(f"{name} is {getattr(self, name)}, should not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                found.append(f"{name} is {getattr(self, name)}, should be 0 or more")
         if self.moments not in ("float32", "bfloat16"):
             found.append(f"moments is {self.moments!r}, known are float32, bfloat16")
         for name in ("decayed", "trained"):

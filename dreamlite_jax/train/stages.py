@@ -38,6 +38,7 @@ class Optimisation(NamedTuple):
     ema_decay: float
     accumulation: int = 1
     clip: float = 0.0
+    trained: str = ""
 
 
 def make_stage(

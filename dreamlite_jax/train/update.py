@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from dreamlite_jax.train.optim import once
+from dreamlite_jax.train.optim import matching, once
 from dreamlite_jax.train.state import Params, TrainState
 
 LossFn = Callable[[Params, Any, Any, Array], tuple[Array, dict[str, "Mean"]]]
@@ -39,6 +39,7 @@ def make_update(
     ema_decay: float,
     accumulation: int = 1,
     clip: float = 0.0,
+    trained: str = "",
     ema_warmup: bool = True,
 ) -> StepFn:
     """`(state, frozen, batch, key) -> (state, metrics)`.
@@ -49,6 +50,8 @@ def make_update(
       accumulation: micro-batches of a batch, one after the other; B is a multiple of it.
       clip: the gradient's largest global norm, beyond which it is scaled down (Pascanu et al.
         2013); 0: none.
+      trained: regex of the parameters that are, as in `optim.Settings`: the gradients of others
+        count nowhere and are not computed.
       ema_warmup: decay is no more than (1 + n) / (10 + n) after n updates, so that the average
         forgets the first parameters.
 
@@ -58,7 +61,7 @@ def make_update(
     """
 
     def update(state: TrainState, frozen: Any, batch: Any, key: Array):
-        grads, metrics = gradients(loss_fn, state.params, frozen, batch, key, accumulation)
+        grads, metrics = gradients(loss_fn, state.params, frozen, batch, key, accumulation, trained)
         grad_norm = once(optax.tree.norm(grads))
         fine = once(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
         if clip:
@@ -96,15 +99,24 @@ def make_update(
 
 
 def gradients(
-    loss_fn: LossFn, params: Params, frozen: Any, batch: Any, key: Array, accumulation: int = 1
+    loss_fn: LossFn,
+    params: Params,
+    frozen: Any,
+    batch: Any,
+    key: Array,
+    accumulation: int = 1,
+    trained: str = "",
 ) -> tuple[Params, dict[str, Array]]:
-    """The mean gradient over a batch, float32, and its metrics."""
+    """The mean gradient over a batch, float32, and its metrics; zero where `trained` (a regex)
+    matches nothing."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
     differentiate = jax.value_and_grad(loss_fn, has_aux=True)
 
     def part(batch, keys):
         (loss, metrics), grads = differentiate(params, frozen, batch, keys)
+        chosen = matching(params, trained)
+        grads = jax.tree.map(lambda g, yes: g if yes else jnp.zeros_like(g), grads, chosen)
         one = jnp.ones((), jnp.float32)
         return grads, {"loss": Mean(loss.astype(jnp.float32), one), **metrics}
 
