@@ -240,6 +240,22 @@ def test_a_batch_that_is_not_finite_changes_nothing(value, accumulation):
     assert np.isfinite(metrics["loss"]) and bits(state.params) != bits(before.params)
 
 
+@pytest.mark.parametrize("name", ["loss", "gradient"])
+def test_loss_and_gradient_both_must_be_finite(name):
+    """A constant without an end has no gradient, a root at 0 has no finite one."""
+
+    def loss_fn(params, frozen, batch, keys):
+        x = params["x"][0]
+        return (x + jnp.inf if name == "loss" else jnp.sqrt(x)), {}
+
+    tx = optax.sgd(1.0)
+    start = new_state({"x": jnp.zeros(3)}, tx)
+    state, metrics = jax.jit(make_update(loss_fn, tx, 0.9))(start, {}, jnp.ones(2), KEY)
+    assert np.isfinite(metrics["loss"]) == (name == "gradient")
+    assert np.isfinite(metrics["grad_norm"]) == (name == "loss")
+    assert int(state.skipped) == 1 and bits(state.params) == bits(start.params)
+
+
 def test_what_was_skipped_leaves_no_trace():
     """Learning rate and average go by updates that were made: a run with bad batches between ends
     where one without them ends."""

@@ -43,8 +43,10 @@ class Settings(NamedTuple):
             found.append(f"density is {self.density!r}, known are {', '.join(DENSITIES)}")
         if self.weight not in WEIGHTS:
             found.append(f"weight is {self.weight!r}, known are {', '.join(WEIGHTS)}")
-        if not self.std > 0:
+        if not 0 < self.std < math.inf:
             found.append(f"std is {self.std}, should be positive")
+        if not math.isfinite(self.mean):
+            found.append(f"mean is {self.mean}, should be finite")
         return found
 
 
