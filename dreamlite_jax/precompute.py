@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dreamlite_jax import system
-from dreamlite_jax.data import mixture, pipeline, prompts, streams, transforms
+from dreamlite_jax.data import mixture, pipeline, prompts, streams
+from dreamlite_jax.data.pictures import to_floats
 from dreamlite_jax.data.pipeline import View
 from dreamlite_jax.data.precomputed import Latents
 from dreamlite_jax.data.prompts import NULL
@@ -80,12 +81,6 @@ def encoders(model: System) -> Encoders:
     return Encoders(model, jax.device_put(params, everywhere), rows)
 
 
-class _Loaded(NamedTuple):
-    captions: Sequence[str]
-    original_size: tuple[int, int]
-    view: View
-
-
 def encoded(
     using: Encoders, prepared: PreparedSet, sizes: np.ndarray, records: range, batch_size: int
 ) -> Iterator[Latents]:
@@ -101,11 +96,9 @@ def encoded(
     source = streams.PreparedSource(prepared)
     mode = pipeline.MODES[source.task]
 
-    def load(index: int) -> _Loaded:
+    def load(index: int) -> View:
         size = tuple(sizes[index][::-1].tolist())
-        sample = source.read(index, size)
-        view = pipeline.view(sample, size, using.model.config.vae.factor)
-        return _Loaded(sample.captions, sample.original_size, view)
+        return pipeline.view(source.read(index, size), size, using.model.config.vae.factor)
 
     step = WINDOW * batch_size
     with ThreadPoolExecutor() as pool:
@@ -119,22 +112,21 @@ def encoded(
             yield from _encoded(using, mode, [job.result() for job in window], batch_size)
 
 
-def _encoded(using: Encoders, mode: str, samples: list[_Loaded], size: int) -> Iterator[Latents]:
+def _encoded(using: Encoders, mode: str, views: list[View], size: int) -> Iterator[Latents]:
     """The outputs of a window of samples."""
-    targets = _latents(using, [sample.view.target for sample in samples], size)
-    sources, nulls = [None] * len(samples), [NULL]
+    targets = _latents(using, [view.target for view in views], size)
+    sources, nulls = [None] * len(views), [NULL]
     if mode == prompts.EDIT:
-        sources = _latents(using, [sample.view.source for sample in samples], size)
-        nulls = [NULL] * len(samples)
-    texts = [*nulls, *(prompts.tagged(mode, c) for sample in samples for c in sample.captions)]
-    seen = [sample.view.seen for sample in samples]
-    images = [*seen, *(sample.view.seen for sample in samples for _ in sample.captions)]
+        sources = _latents(using, [view.source for view in views], size)
+        nulls = [NULL] * len(views)
+    texts = [*nulls, *(prompts.tagged(mode, c) for view in views for c in view.captions)]
+    images = [view.seen for view in views]
+    images += [view.seen for view in views for _ in view.captions]
     contexts = _contexts(using, mode, texts, images if mode == prompts.EDIT else None, size)
     empty, captions = contexts[: len(nulls)], iter(contexts[len(nulls) :])
-    for k, (sample, target, source) in enumerate(zip(samples, targets, sources, strict=True)):
-        own = [next(captions) for _ in sample.captions]
-        null, view = empty[k % len(empty)], sample.view
-        yield Latents(target, source, view.changed, own, null, sample.original_size, view.crop)
+    for k, (view, target, source) in enumerate(zip(views, targets, sources, strict=True)):
+        own, null = [next(captions) for _ in view.captions], empty[k % len(empty)]
+        yield Latents(target, source, view.changed, own, null, view.original_size, view.crop)
 
 
 def _latents(using: Encoders, pictures: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
@@ -143,7 +135,7 @@ def _latents(using: Encoders, pictures: Sequence[np.ndarray], size: int) -> list
     for shape in {picture.shape for picture in pictures}:
         alike = [k for k, picture in enumerate(pictures) if picture.shape == shape]
         for batch in system.batches(len(alike), size):
-            values = transforms.to_floats(np.stack([pictures[alike[b]] for b in batch]))
+            values = to_floats(np.stack([pictures[alike[b]] for b in batch]))
             values = jax.device_put(values, using.rows)
             made = system.encode_pictures(using.model.config, using.params["vae"], values)
             for b, latent in zip(batch, np.asarray(made), strict=True):

@@ -73,9 +73,15 @@ def test_a_jpeg_is_decoded_no_smaller_than_is_good(tmp_path):
     assert np.abs(difference).mean() < 1.5  # of 255; what people cannot see
 
 
-def test_floats_are_those_of_sampling():
-    picture = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    np.testing.assert_array_equal(transforms.to_floats(picture), pictures.to_floats(picture))
+def test_floats_are_those_of_diffusers_and_become_the_same_bytes_again():
+    """`VaeImageProcessor`: numpy's `astype(float32) / 255`, then torch's `2.0 * x - 1.0`."""
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    expected = 2 * (levels.astype(np.float32) / 255) - 1
+    row = np.empty((2, 16, 16), np.float32)
+    assert pictures.to_floats(levels, row[1]).dtype == np.float32
+    np.testing.assert_array_equal(row[1], expected)
+    np.testing.assert_array_equal(pictures.to_floats(levels), expected)
+    np.testing.assert_array_equal(pictures.to_bytes(row[1]), levels)
 
 
 def test_the_changed_map_finds_what_an_edit_changes():

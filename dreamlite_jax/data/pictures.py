@@ -41,9 +41,13 @@ def resized(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def to_floats(image: Image.Image | np.ndarray) -> np.ndarray:
-    """uint8 [..., H, W, 3] -> float32 in [-1, 1], as diffusers' `VaeImageProcessor.preprocess`."""
-    return 2 * (np.asarray(image).astype(np.float32) / 255) - 1
+def to_floats(image: Image.Image | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [..., H, W, 3] -> float32 in [-1, 1], as diffusers' `VaeImageProcessor.preprocess`;
+    `out` is filled where it is given."""
+    values = np.divide(np.asarray(image), np.float32(255), out=out)
+    values *= 2
+    values -= 1
+    return values
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:

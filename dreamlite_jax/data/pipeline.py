@@ -10,15 +10,13 @@ h and w latent pixels, c latent channels, L tokens, C context tokens, F text fea
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NotRequired
 
-import grain
 import numpy as np
-from absl import flags
 from PIL import Image
 
-from dreamlite_jax.data import mixture, prompts, transforms
+from dreamlite_jax.data import mixture, pictures, prefetch, prompts, transforms
 from dreamlite_jax.data.mixture import EDIT, TASKS, MixtureError, Plan, Stream
 from dreamlite_jax.data.precomputed import Latents, PrecomputedSource
 from dreamlite_jax.data.prompts import GENERATE, NULL, Prompter
@@ -130,9 +128,7 @@ def batches_from(
     Args:
       rows: of the global batch, those that this host makes (`host_rows`, or what its devices hold);
         None: all.
-      workers: processes that make batches; 0: threads of this one.
-      threads: batches that one process makes at a time (decoding and resizing run in parallel).
-      ahead: batches that each thread has ready before they are asked for.
+      workers, threads, ahead: see `prefetch.prefetched`.
 
     Raises:
       MixtureError: what `check` finds.
@@ -140,26 +136,7 @@ def batches_from(
     plan = check(recipe)
     rows = range(recipe.batch_size) if rows is None else tuple(rows)
     steps = _Steps(recipe, plan, rows)
-    # The prefetching is Grain's; a worker gets the recipe once, and then only step numbers.
-    data = grain.MapDataset.source(steps)
-    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads * ahead)
-    if not workers:
-        return iter(data[step:].to_iter_dataset(reading))
-    if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which notebooks lack
-        flags.FLAGS.mark_as_parsed()
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
-    later = iter(data[step + 1 :].to_iter_dataset(reading).mp_prefetch(options))
-    later.start_prefetch()
-    return _and_then(lambda: steps[step], later)
-
-
-def _and_then(first: Callable[[], Batch], later: Any) -> Iterator[Batch]:
-    """Workers take seconds to start: the first batch is made here meanwhile."""
-    try:
-        yield first()
-        yield from later
-    finally:
-        later.close()  # lest the workers outlive whoever stops early
+    return prefetch.prefetched(steps, step, workers=workers, threads=threads, ahead=ahead)
 
 
 def host_rows(batch_size: int, host: int, hosts: int) -> range:
@@ -242,16 +219,19 @@ def batch(recipe: Recipe, plan: Plan, rows: Sequence[int], step: int) -> Batch:
         "time_ids": np.tile(np.array(size[::-1], np.float32), (len(rows), 1)),
         "has_source": np.array(edits) & ~np.array([source for _, source in dropped]),
     }
-    samples = [source.read(i, size) for source, (_, i) in zip(sources, drawn, strict=True)]
-    out["original_size"] = np.array([sample.original_size for sample in samples], np.int32)
+    # One by one: a batch's decoded pictures would take hundreds of MiB, and new pages their time.
+    views = [
+        _seen(recipe, source.read(i, size), size, r)
+        for source, (_, i), r in zip(sources, drawn, random, strict=True)
+    ]
+    out["original_size"] = np.array([view.original_size for view in views], np.int32)
     without_text = [text for text, _ in dropped]
     if recipe.precomputed:
-        return out | _latents(recipe, sources, samples, random, without_text)
-    views = [_view(recipe, sample, size, r) for sample, r in zip(samples, random, strict=True)]
+        return out | _latents(recipe, sources, views, random, without_text)
     out |= _pixels(recipe, views)
     if recipe.prompter:
         captions = [
-            transforms.pick(s.captions, r.caption) for s, r in zip(samples, random, strict=True)
+            transforms.pick(view.captions, r.caption) for view, r in zip(views, random, strict=True)
         ]
         out |= text_inputs(
             recipe.prompter,
@@ -282,6 +262,8 @@ def captions(recipe: Recipe, plan: Plan, rows: Sequence[int], step: int) -> list
 class View(NamedTuple):
     """A sample as the networks see it."""
 
+    captions: Sequence[str]
+    original_size: tuple[int, int]  # as `Sample`'s
     target: np.ndarray  # uint8 [H, W, 3]
     source: np.ndarray | None  # likewise
     seen: Image.Image | None  # the source as the text encoder sees it
@@ -298,32 +280,40 @@ def view(
     picture: as in sampling.
     """
     crop = transforms.crop_to(*sample.original_size, size, at)
+    facts = sample.captions, sample.original_size
     target = np.asarray(transforms.fitted(sample.target, size, crop))
     if sample.source is None:
         everything = np.ones([side // factor for side in size], bool)
-        return View(target, None, None, everything, crop)
+        return View(*facts, target, None, None, everything, crop)
     seen = transforms.fitted(sample.source, prompts.SEEN, crop) if see else None
     source = np.asarray(transforms.fitted(sample.source, size, crop))
     changed = transforms.changed(target, source, factor)
-    return View(target, source, seen, changed, crop)
+    return View(*facts, target, source, seen, changed, crop)
 
 
-def _view(recipe: Recipe, sample: Sample, size: Size, random: Choices) -> View:
+def _seen(recipe: Recipe, sample: Sample | Latents, size: Size, random: Choices) -> View | Latents:
+    """What becomes of a row's sample; precomputed ones are cropped already."""
+    if recipe.precomputed:
+        return sample
     at = random.crop if recipe.random_crop else (0.5, 0.5)
     return view(sample, size, recipe.latent_factor, at, see=recipe.prompter is not None)
 
 
 def _pixels(recipe: Recipe, views: Sequence[View]) -> dict[str, np.ndarray]:
+    shape = (len(views), *views[0].target.shape)
     out = {
-        "target": transforms.to_floats(np.stack([view.target for view in views])),
+        "target": np.empty(shape, np.float32),
         "changed": np.stack([view.changed for view in views]),
         "crop": np.array([view.crop for view in views], np.float32),
     }
     if recipe.edits:
-        out["source"] = np.zeros_like(out["target"])
-        for row, view in zip(out["source"], views, strict=True):
-            if view.source is not None:
-                row[:] = transforms.to_floats(view.source)
+        out["source"] = np.zeros(shape, np.float32)
+    # Row by row into the batch: arrays between would be several times its size, and new pages cost
+    # more than the arithmetic.
+    for b, view in enumerate(views):
+        pictures.to_floats(view.target, out["target"][b])
+        if view.source is not None:
+            pictures.to_floats(view.source, out["source"][b])
     return out
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 Size = tuple[int, int]  # (height, width) in pixels
-_FLOATS = 2 * (np.arange(256, dtype=np.float32) / 255) - 1  # `pictures.to_floats`, looked up
 
 # --- Aspect buckets -------------------------------------------------------------------------------
 
@@ -96,11 +95,6 @@ def fitted(image: Image.Image, size: Size, crop: Crop) -> Image.Image:
     picture is more than twice as large (Pillow's `reducing_gap`)."""
     box = crop.box(image)
     return image.resize(size[::-1], Image.Resampling.LANCZOS, box=box, reducing_gap=2.0)
-
-
-def to_floats(picture: Image.Image | np.ndarray) -> np.ndarray:
-    """uint8 [..., H, W, 3] -> float32 in [-1, 1], bit for bit as `pictures.to_floats`, faster."""
-    return _FLOATS[np.asarray(picture)]
 
 
 def changed(target: np.ndarray, source: np.ndarray, factor: int, threshold: float = 12.0):
