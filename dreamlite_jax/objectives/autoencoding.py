@@ -9,6 +9,7 @@ others.
 Shapes: B rows, H and W pixels, h and w latent pixels, c latent channels.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,9 +25,9 @@ class Settings(NamedTuple):
     def problems(self) -> list[str]:
         """What is wrong with them, a line each."""
         return [
-            f"{name} is {value}, should not be negative"
+            f"{name} is {value}, should be 0 or more"
             for name, value in self._asdict().items()
-            if value < 0
+            if not 0 <= value < math.inf
         ]
 
 
