@@ -3,8 +3,9 @@
     python -m launch.train --config=configs/autoencoder.py --workdir=runs/autoencoder
 
 DreamLite uses TAESDXL as it is, and so do the other configs here: this one is for pictures that it
-was not made for, or for another number of latent channels (`--config.autoencoder...`). Everything
-is ours: TAESD's training was not published. Not run on a pod yet.
+was not made for, or for another number of latent channels
+(`--config.autoencoder.latent_channels=16`). Everything is ours: TAESD's training was not published.
+Not run on a pod yet.
 """
 
 from configs.base import base, finished
@@ -18,6 +19,7 @@ def get_config(variant=None):
     config.image_size = 256
     config.batch_size = 256
     config.steps = 200_000
+    config.autoencoder = {"latent_channels": 4}
     config.loss = {"moments": 1e-3, "noise": 0.05}
     config.dtype = "float32"
     config.optim.lr = 3e-4

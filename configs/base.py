@@ -83,7 +83,7 @@ def base() -> ConfigDict:
     config.sample = ConfigDict({"every": 1000, "rows": 8, "steps": 28, "guidance": 3.5})
     config.patience = 20  # updates in a row that may be skipped for not being finite
     config.profile_at = 0  # the step from which on a few are traced; 0: never
-    return config
+    return config.lock()  # no key is added by a slip of the pen
 
 
 def quick(config: ConfigDict) -> ConfigDict:

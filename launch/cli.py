@@ -5,7 +5,9 @@ Anything else is a fault of ours and shows its traceback.
 """
 
 import logging as std_logging
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -57,11 +59,31 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def _without_traceback(message: str) -> str:
+    """What ml_collections says of a config's file that raises an error, which it does at length."""
+    before, found, after = message.partition("Error whilst parsing config file:")
+    return before + after.strip().splitlines()[-1] if found else message
+
+
+def _unknown_key(message: str) -> str:
+    """The key and ml_collections' guess at what was meant, without all the keys there are."""
+    plain = message.replace("\\", "")
+    key = re.search(r"lookup: ([\w.]+)", plain) or re.search(r"'(?:Key \")?(\w+)", plain)
+    guess = re.search(r"Did you mean \"(\w+)\"", message)
+    return (key[1] if key else message) + (f"; did you mean {guess[1]}?" if guess else "")
+
+
 def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        fail(f"{error} (--help lists the flags)")
+        fail(f"{_without_traceback(str(error))} (--help lists the flags)")
+    except (AttributeError, KeyError) as error:
+        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise
+        fail(f"--config has no key {_unknown_key(str(error))} (configs/base.py lists all keys)")
+    except OSError as error:
+        fail(str(error))
     if rest[1:]:
         fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")
     return rest

@@ -167,11 +167,13 @@ def check(recipe: Recipe) -> Plan:
             "use none of the precomputed sets"
         )
     if recipe.prompter and not recipe.precomputed:
-        least = recipe.prompter.drop.edit + image_tokens(recipe.prompter) + 2
-        if recipe.edits and recipe.length <= least:
+        held, least = "the template", recipe.prompter.drop.generate + 2
+        if recipe.edits:
+            held += " and the image of an edit"
+            least = recipe.prompter.drop.edit + image_tokens(recipe.prompter) + 2
+        if recipe.length <= least:
             problems.append(
-                f"a text length of {recipe.length} cannot hold the template and the image of an "
-                f"edit, which take {least} tokens"
+                f"a text length of {recipe.length} cannot hold {held}: it should be above {least}"
             )
     try:
         buckets = transforms.aspect_buckets(

@@ -24,7 +24,15 @@ from dreamlite_jax.data.transforms import Size
 
 _SHAPES = "shapes:"
 TASK_OF = {PAIRS: T2I, TRIPLETS: EDIT}  # the tasks of the kinds of prepared sets
-_KEYS = ("source", "task", "weight", "name", "count", "seed", "precomputed")
+_KEYS = {
+    "source": str,
+    "task": str,
+    "weight": float,
+    "name": str,
+    "count": int,
+    "seed": int,
+    "precomputed": bool,
+}
 SHAPES_COUNT = 1_000_000  # scenes of an epoch, where none is given
 
 
@@ -91,6 +99,7 @@ def open_streams(
     entries: Sequence[Mapping[str, Any]],
     image_size: int,
     made_with: Mapping[str, Any] | None = None,
+    where: str = "data",
 ) -> tuple[Stream, ...]:
     """The streams of a config's `data`.
 
@@ -102,6 +111,7 @@ def open_streams(
       image_size: whose precomputed outputs are looked for.
       made_with: what the encoders are, see `precompute.made_with`; None: never use precomputed
         outputs. Others' outputs are refused.
+      where: the entries' key in the config, for errors.
 
     Raises:
       MixtureError: everything that is wrong with the entries, in one line.
@@ -109,26 +119,43 @@ def open_streams(
     streams, problems = [], []
     for number, entry in enumerate(entries):
         try:
-            streams.append(_opened(dict(entry), image_size, made_with))
+            streams.append(_opened(_checked(entry), image_size, made_with))
         except ValueError as error:
-            problems.append(f"data[{number}]: {error}")
+            problems.append(f"{where}[{number}]: {error}")
     if problems:
         raise MixtureError("; ".join(problems))
     return tuple(streams)
 
 
 def precomputed_folder(entry: Mapping[str, Any], image_size: int) -> Path | None:
-    """Where an entry's precomputed outputs would lie; None for one that can have none."""
-    path = entry.get("source")
-    usable = isinstance(path, str) and not path.startswith(_SHAPES)
+    """Where an entry's precomputed outputs would lie; None for one that can have none, or shall
+    not be served by them."""
+    try:
+        path = _checked(entry)["source"]
+    except MixtureError:
+        return None
+    usable = entry.get("precomputed", True) and not path.startswith(_SHAPES)
     return folder_of(path, image_size) if usable else None
 
 
-def _opened(entry: dict, image_size: int, made_with: Mapping[str, Any] | None) -> Stream:
+def _checked(entry: Any) -> dict[str, Any]:
+    """An entry whose keys are known and whose values have their types."""
+    if not isinstance(entry, Mapping):
+        raise MixtureError(f"{entry!r} should be a dict, such as {{'source': 'data/t2i'}}")
     if unknown := sorted(set(entry) - set(_KEYS)):
         raise MixtureError(f"unknown keys {', '.join(unknown)}; known are {', '.join(_KEYS)}")
-    if not isinstance(path := entry.get("source"), str):
+    for key, value in entry.items():
+        if not (type(value) is _KEYS[key] or (_KEYS[key] is float and type(value) is int)):
+            raise MixtureError(f"{key} is {value!r}, should be {_KEYS[key].__name__}")
+    if "source" not in entry:
         raise MixtureError("`source` is missing: a prepared set's folder, or shapes:SETTINGS:SPLIT")
+    if entry.get("count", 0) < 0:
+        raise MixtureError(f"count is {entry['count']}, should be positive")
+    return dict(entry)
+
+
+def _opened(entry: dict, image_size: int, made_with: Mapping[str, Any] | None) -> Stream:
+    path = entry["source"]
     weight, name = float(entry.get("weight", 1.0)), entry.get("name")
     if path.startswith(_SHAPES):
         return Stream(name or f"{path}:{entry.get('task')}", _shapes(path, entry), weight)

@@ -1,7 +1,8 @@
 """From a config to a run: everything is checked first, and all that is wrong is said at once."""
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dreamlite_jax import precompute, system, tiny
+from dreamlite_jax import precompute, pretrained, system, tiny
 from dreamlite_jax.data import pipeline, streams, transforms
 from dreamlite_jax.data.pipeline import Recipe
 from dreamlite_jax.errors import UserError
@@ -72,32 +73,39 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
     if kind is None:
         problems.append(f"stage is {raw.stage!r}, known are {', '.join(STAGES)}")
     loss = kind and attempt(settings_of, kind, raw.loss, "loss")
+    if loss:
+        problems += [f"loss.{problem}" for problem in loss.problems()]
     dropout = attempt(settings_of, transforms.Dropout, raw.dropout, "dropout")
+    if dropout:
+        problems += _wrong_rates(dropout)
     optimiser = attempt(settings_of, optim.Settings, raw.optim, "optim")
-    for name, found in (("loss", loss), ("optim", optimiser)):
-        if found is not None:
-            args = (raw.steps,) if name == "optim" else ()
-            problems += [f"{name}.{problem}" for problem in found.problems(*args)]
-    rules = rules_of(raw)
-    problems += sharding.rule_problems(rules)
+    wrong_optimiser = optimiser.problems(raw.steps) if optimiser else []
+    problems += [f"optim.{problem}" for problem in wrong_optimiser]
+    rules = attempt(rules_of, raw)
+    problems += sharding.rule_problems(rules or ())
     mesh = attempt(sharding.make_mesh, raw.mesh.data, raw.mesh.fsdp)
-    if mesh and raw.batch_size % (mesh.size * raw.accumulation):
+    if mesh and raw.batch_size % (mesh.size * max(raw.accumulation, 1)):
         problems.append(
             f"batch_size {raw.batch_size} is no multiple of {mesh.size} devices x accumulation "
             f"{raw.accumulation}"
         )
     model_dir = model_dir_of(raw, workdir)
     config = attempt(_system_config, raw, model_dir)
+    if config and optimiser and not wrong_optimiser:
+        problems += _nothing_trained(raw, config, optimiser)
     recipe = validation = None
-    if config and dropout:
+    if not config:  # what the data lacks does not wait until the model is there
+        for where in ("data", "validation"):
+            attempt(streams.open_streams, raw[where], raw.image_size, where=where)
+    elif dropout:
         if mesh:
             config = config._replace(ops=sharding.pinned(mesh))
-        recipe = attempt(_recipe, raw, raw.data, config, dropout, model_dir)
+        recipe = attempt(_recipe, raw, "data", config, dropout, model_dir)
         if recipe:
             attempt(pipeline.check, recipe)
         if raw.validation:
             never = transforms.Dropout(0.0, 0.0, 0.0, 0.0)
-            validation = attempt(_recipe, raw, raw.validation, config, never, model_dir)
+            validation = attempt(_recipe, raw, "validation", config, never, model_dir)
             if validation:
                 validation = validation._replace(random_crop=False)
                 attempt(pipeline.check, validation)
@@ -162,22 +170,43 @@ def optimisation_of(raw: ConfigDict) -> stages.Optimisation:
     """How a config's parameters move."""
     settings = settings_of(optim.Settings, raw.optim, "optim")
     tx = optim.make_tx(settings, raw.steps)
-    return stages.Optimisation(tx, raw.ema_decay, raw.accumulation, settings.clip)
+    return stages.Optimisation(tx, raw.ema_decay, raw.accumulation, settings.clip, settings.trained)
 
 
 def rules_of(raw: ConfigDict) -> tuple[sharding.Rule, ...]:
-    """The config's own rules, then the usual ones."""
-    return tuple((str(regex), str(spec)) for regex, spec in raw.sharding) + sharding.RULES
+    """The config's own rules, then the usual ones.
+
+    Raises:
+      ConfigError: one that is no pair of strings.
+    """
+    for rule in raw.sharding:
+        if not (isinstance(rule, tuple | list) and [type(part) for part in rule] == [str, str]):
+            raise ConfigError(f"sharding: {rule!r} is no pair of strings (regex, spec)")
+    return tuple((regex, spec) for regex, spec in raw.sharding) + sharding.RULES
+
+
+_POSITIVE = (
+    *("steps", "batch_size", "accumulation", "image_size", "threads"),
+    *("checkpoint.keep", "sample.rows", "sample.steps"),
+)
+_NOT_NEGATIVE = (
+    *("seed", "workers", "text_length", "patience", "profile_at"),
+    *("log.every", "checkpoint.every", "checkpoint.keep_every", "sample.every"),
+)
 
 
 def _wrong_numbers(raw: ConfigDict) -> list[str]:
     found = []
-    for key in ("steps", "batch_size", "accumulation", "image_size", "checkpoint.keep"):
+    for key in _POSITIVE:
         if _at(raw, key) < 1:
             found.append(f"{key} is {_at(raw, key)}, should be at least 1")
-    for key in ("log.every", "checkpoint.every", "sample.every", "workers", "patience", "seed"):
+    for key in _NOT_NEGATIVE:
         if _at(raw, key) < 0:
             found.append(f"{key} is {_at(raw, key)}, should not be negative")
+    if raw.seed >= 2**32:  # JAX would drop the upper bits
+        found.append(f"seed is {raw.seed}, should be below {2**32}")
+    if not math.isfinite(raw.sample.guidance):
+        found.append(f"sample.guidance is {raw.sample.guidance}, should be finite")
     if not 0 <= raw.ema_decay < 1:
         found.append(f"ema_decay is {raw.ema_decay}, should be in [0, 1)")
     if raw.dtype not in DTYPES:
@@ -187,6 +216,32 @@ def _wrong_numbers(raw: ConfigDict) -> list[str]:
         found.append(f"train is {tuple(raw.train)}, should name some of {', '.join(networks)}")
     if not raw.data:
         found.append("data is empty; give at least one source")
+    return found
+
+
+def _wrong_rates(dropout: transforms.Dropout) -> list[str]:
+    found = [
+        f"dropout.{name} is {rate}, should be in [0, 1]"
+        for name, rate in dropout._asdict().items()
+        if not 0 <= rate <= 1
+    ]
+    of_edits = dropout.edit_text + dropout.edit_both + dropout.edit_source
+    if of_edits > 1 and not found:
+        found.append(f"the rates dropout.edit_* add up to {of_edits:g}, should be at most 1")
+    return found
+
+
+def _nothing_trained(raw: ConfigDict, config: system.Config, settings: optim.Settings) -> list[str]:
+    """Names in `train` of which `optim.trained` chooses nothing."""
+    found = []
+    for name in sorted(set(raw.train) & set(system.NETWORKS)) if settings.trained else ():
+        shapes = pretrained.param_shapes(system.NETWORKS[name], getattr(config, name))
+        if not any(jax.tree.leaves(optim.matching({name: shapes}, settings.trained))):
+            path = optim.path_name(jax.tree_util.tree_leaves_with_path({name: shapes})[0][0])
+            found.append(
+                f"optim.trained {settings.trained!r} matches no parameter of the {name}, whose "
+                f"paths are such as {path}; leave {name} out of train, or change the regex"
+            )
     return found
 
 
@@ -217,12 +272,20 @@ def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
     network = unet.PRESETS[raw.unet] if raw.unet else config.unet
     network = type(network).from_dict({**network.to_dict(), **raw.overrides.to_dict()})
     vae = type(config.vae).from_dict({**config.vae.to_dict(), **raw.autoencoder.to_dict()})
-    width = config.text_encoder.text.hidden_size
-    if raw.stage == DIFFUSION and network.context_dim != width:
-        raise ConfigError(
+    width, channels = config.text_encoder.text.hidden_size, vae.latent_channels
+    problems = []
+    if network.context_dim != width:
+        problems.append(
             f"the U-Net takes texts of width {network.context_dim}, but the text encoder of "
             f"{model_dir} gives {width}"
         )
+    if {network.in_channels, network.out_channels} != {channels}:
+        problems.append(
+            f"the U-Net takes latents of {network.in_channels} channels and gives "
+            f"{network.out_channels}, but the autoencoder of {model_dir} has {channels}"
+        )
+    if raw.stage == DIFFUSION and problems:
+        raise ConfigError("; ".join(problems))
     blocks.split_remat(raw.remat)
     return config._replace(unet=network, vae=vae, remat=raw.remat)
 
@@ -263,22 +326,23 @@ def _not_precomputed(
 
 def _recipe(
     raw: ConfigDict,
-    entries: Sequence[Mapping[str, Any]],
+    where: str,
     config: system.Config,
     dropout: transforms.Dropout,
     model_dir: Path,
 ) -> Recipe:
+    """Of the data under the key `where`."""
     made_with, with_text = None, raw.stage == DIFFUSION
-    folders = [
-        streams.precomputed_folder(entry, raw.image_size)
-        for entry in entries
-        if entry.get("precomputed", True)
+    folders = [streams.precomputed_folder(entry, raw.image_size) for entry in raw[where]]
+    used = [
+        folder is not None and (entry.get("precomputed") or folder.is_dir())
+        for entry, folder in zip(raw[where], folders, strict=True)
     ]
-    if with_text and any(folder is not None and folder.is_dir() for folder in folders):
+    if with_text and any(used):
         made_with = precompute.made_with(
             model_dir, config, image_size=raw.image_size, max_ratio=raw.max_ratio
         )
-    found = streams.open_streams(entries, raw.image_size, made_with)
+    found = streams.open_streams(raw[where], raw.image_size, made_with, where)
     recipe = Recipe(
         streams=found,
         batch_size=raw.batch_size,
@@ -368,7 +432,8 @@ def _predict_fns(run: Run, loss_fn) -> dict[str, Any]:
             sharding.spread(pipeline.batch(shown, plan, rows, k), run.mesh, raw.batch_size)
             for k in range(2)
         ]
-        found["validation"] = stages.validation_fn(loss_fn, batches)
+        # Its texts may be longer than those that are trained on.
+        found["validation"] = stages.validation_fn(make_loss(run._replace(recipe=shown)), batches)
     return found
 
 
