@@ -41,16 +41,17 @@ def row(case: str, timings: list[Timing]) -> str:
 def main(_: list[str]) -> None:
     suite = importlib.import_module(f"launch.benchmarks.{_SUITE.value}")
     print(f"{os.cpu_count()} CPU cores; medians of {_ROUNDS.value} turns\n")
-    headed = False
+    headed: list[str] = []
     for case, contenders in suite.cases():
         if not re.search(_ONLY.value, case):
             continue
         contenders = [c for c in contenders if c.name not in _WITHOUT.value]
         names = [contender.name for contender in contenders]
-        if not headed:
+        if names != headed:
+            print(end="\n" if headed else "")
             head = ["case", *names, *(f"{names[0]} / {name}" for name in names[1:])]
             print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
-            headed = True
+            headed = names
         print(row(case, compare(contenders, _ROUNDS.value)), flush=True)
 
 

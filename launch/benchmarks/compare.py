@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 WARM_UP_STEPS = 2
 
 
 class Contender(NamedTuple):
     """make(**arguments) prepares and returns `step`; step() runs once and waits for the result.
 
-    make is a module-level function: it is called in a fresh process.
+    make is a module-level function: it is called in a fresh process. A step of which only a part
+    counts, or that has worker processes, returns a `Counted`.
     """
 
     name: str
@@ -28,12 +27,18 @@ class Contender(NamedTuple):
     arguments: dict[str, Any]
 
 
+class Counted(NamedTuple):
+    """What a step says of itself: the seconds that count, and its largest worker's peak MiB."""
+
+    seconds: float
+    worker_mib: float = 0.0
+
+
 class Timing(NamedTuple):
     """What one contender did: seconds of every counted step, of preparation, and peak MiB.
 
-    Peak memory is the process's highest resident set while it prepared and ran; `worker_mib` that
-    of the largest of its own worker processes, at the end. Where a contender failed, `error` says
-    why in a line and the rest is empty.
+    Peak memory is the process's highest resident set while it prepared and ran. Where a contender
+    failed, `error` says why in a line and the rest is empty.
     """
 
     name: str
@@ -102,15 +107,19 @@ def _serve(pipe: Any, contender: Contender) -> None:
         pipe.send({"error": f"{type(error).__name__}: {str(error).splitlines()[:1]}"})
         return
     pipe.send({"preparation": time.perf_counter() - start})
+    worker_mib = 0.0
     while pipe.recv() == "step":
         start = time.perf_counter()
-        step()
-        pipe.send({"seconds": time.perf_counter() - start})
-    workers = [_peak_mib(child.pid) for child in psutil.Process().children()]
-    pipe.send({"peak_mib": _peak_mib("self"), "worker_mib": max(workers, default=0.0)})
+        done = step()
+        if not isinstance(done, Counted):
+            done = Counted(time.perf_counter() - start)
+        pipe.send({"seconds": done.seconds})
+        worker_mib = max(worker_mib, done.worker_mib)
+    pipe.send({"peak_mib": peak_mib("self"), "worker_mib": worker_mib})
 
 
-def _peak_mib(process: int | str) -> float:
+def peak_mib(process: int | str) -> float:
+    """A process's highest resident set, in MiB."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     peaks = [line.split()[1] for line in lines if line.startswith("VmHWM")]
     return int(peaks[0]) / 1024 if peaks else 0.0  # a process that is ending has none

@@ -1,45 +1,63 @@
 """Suite `data`: from JPEGs to batches, beside bare Pillow and torch's DataLoader doing the same.
 
 The whole pipeline reads records, decodes, crops, resizes, scales to [-1, 1], tokenises and batches.
-`pillow` decodes, crops and resizes and nothing else: the most that one core can do. `torch` is a
-DataLoader over the files with the same Pillow calls, floats and collation, without texts. Times are
-of a batch; photographs are those that scikit-image ships, as JPEGs of twice to four times the size.
+`pillow` decodes, crops and resizes and nothing else: the most that a core can do. `drafted` is the
+same with JPEGs decoded at 1/2, 1/4 or 1/8 where that is enough, as the pipeline does. `torch` is a
+DataLoader over the files with `drafted`'s calls, floats and collation, without texts.
+
+The pipeline and `pillow` make two batches at a time by threads, `processes` (the pipeline) and
+`torch` by two worker processes. All times are of a batch but for those of a start. Photographs are
+those that scikit-image ships, as JPEGs of twice to eight times the size.
 """
 
 import itertools
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
-from launch.benchmarks.compare import Contender
+from launch.benchmarks.compare import Contender, Counted, peak_mib
 
-# side, batch, size of the JPEGs
-SIZES = ((256, 32, (1024, 768)), (1024, 8, (2048, 1536)))
+SMALL, LARGE = (1024, 768), (2048, 1536)  # sizes of JPEGs
+CASES = ((256, 32, SMALL), (256, 32, LARGE), (1024, 8, LARGE))  # side, batch
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 COPIES = 16  # of each
-MANY = 40  # batches; long enough for starting workers to matter little
+EPOCH = 16  # times that the set names its shard: shuffling few numbers is slower than many
+AT_ONCE = 2  # threads or processes
+WARM, STEADY = 4, 10  # batches before and while steady times are taken: what was ahead is used up
+
+Step = Callable[[], Any]
 
 
 def cases() -> Iterator[tuple[str, list[Contender]]]:
-    """Rows of the table: a name and its contenders, ours first."""
+    """Rows of the tables: a name and its contenders, ours first."""
     with tempfile.TemporaryDirectory() as folder:
-        for side, batch, size in SIZES:
-            root = write_set(Path(folder) / str(side), size)
-            at = {"root": str(root), "side": side, "batch": batch}
-            name = f"{side} px, batch {batch}"
-            yield f"{name}, one core", _contenders({**at, "workers": 0, "taken": 1})
-            yield f"{name}, 2 workers, start and 1 batch", _contenders({**at, "taken": 1})
-            yield f"{name}, 2 workers, start and {MANY} batches", _contenders({**at, "taken": MANY})
+        roots = {size: write_set(Path(folder) / str(size[0]), size) for size in (SMALL, LARGE)}
+        named = [
+            (f"{side} px of {w} x {h}, batch {batch}", (str(roots[w, h]), side, batch))
+            for side, batch, (w, h) in CASES
+        ]
+        alone = {"ours": our_step, "pillow": pillow_step, "drafted": drafted_step}
+        for name, given in named:
+            yield f"{name}, one core", _contenders({**alone, "torch": torch_step}, *given)
+        many = {"threads": our_threads, "processes": our_processes}
+        many |= {"pillow": pillow_threads, "torch": torch_processes}
+        for batches in (1, 4):
+            name, given = named[0]
+            yield f"{name}, start and {batches}", _contenders(many, *given, (0, batches))
+        for name, given in named:
+            yield f"{name}, steady", _contenders(many, *given, (WARM, STEADY))
 
 
-def _contenders(arguments: dict) -> list[Contender]:
-    arguments = {"workers": 2, **arguments}
-    makers = {"ours": our_step, "pillow": pillow_step, "torch": torch_step}
+def _contenders(makers: dict[str, Callable], *given: Any) -> list[Contender]:
+    names = ("root", "side", "batch", "taken")
+    arguments = dict(zip(names, given, strict=False))
     return [Contender(name, make, arguments) for name, make in makers.items()]
 
 
@@ -61,60 +79,109 @@ def write_set(root: Path, size: tuple[int, int]) -> Path:
         made.append({**record, "image": file.read_bytes(), "width": size[0], "height": size[1]})
     (root / "set").mkdir()
     part = records.write_shard(root / "set" / shards.NAME.format(0), made)
-    records.write_index(root / "set", records.PAIRS, [part], [size] * len(made), {})
+    sizes = [size] * len(made) * EPOCH
+    records.write_index(root / "set", records.PAIRS, [part] * EPOCH, sizes, {})
     return root
 
 
-def our_step(root: str, side: int, batch: int, workers: int, taken: int) -> Callable[[], Any]:
+def timed(start: Callable[[], Iterator], before: int, number: int) -> Step:
+    """A step that starts an iterator and times `number` batches after the first few, each, or, with
+    none before, the start and all of them; it ends the iterator, whose workers would go on."""
+
+    def step() -> Counted:
+        begin = time.perf_counter()
+        batches = start()
+        for _ in range(before):
+            next(batches)
+        if before:
+            begin = time.perf_counter()
+        for _ in range(number):
+            next(batches)
+        seconds = time.perf_counter() - begin
+        workers = [peak_mib(child.pid) for child in psutil.Process().children()]
+        getattr(batches, "close", lambda: None)()
+        return Counted(seconds / number if before else seconds, max(workers, default=0.0))
+
+    return step
+
+
+def our_recipe(root: str, side: int, batch: int) -> Any:
     from dreamlite_jax import system, tiny
     from dreamlite_jax.data import pipeline, streams
 
     model_dir = tiny.tiny_model_dir(Path(root) / f"model-{os.getpid()}")
     prompter = system.load_prompter(model_dir, system.read_config(model_dir).text_encoder)
     found = streams.open_streams([{"source": f"{root}/set"}], side)
-    recipe = pipeline.Recipe(found, batch_size=batch, image_size=side, prompter=prompter)
-    if workers:
-        return lambda: _taken(pipeline.batches_from(recipe, workers=workers), taken)
+    return pipeline.Recipe(found, batch_size=batch, image_size=side, prompter=prompter)
+
+
+def our_step(root: str, side: int, batch: int) -> Step:
+    from dreamlite_jax.data import pipeline
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core
+    recipe = our_recipe(root, side, batch)
     plan, steps = pipeline.check(recipe), itertools.count()
     return lambda: pipeline.batch(recipe, plan, range(batch), next(steps))
 
 
-def _taken(batches: Iterator, number: int) -> None:
-    for _ in range(number):
-        next(batches)
+def our_threads(root: str, side: int, batch: int, taken: tuple[int, int]) -> Step:
+    from dreamlite_jax.data import pipeline
+
+    recipe = our_recipe(root, side, batch)
+    return timed(lambda: pipeline.batches_from(recipe, threads=AT_ONCE), *taken)
+
+
+def our_processes(root: str, side: int, batch: int, taken: tuple[int, int]) -> Step:
+    from dreamlite_jax.data import pipeline
+
+    recipe = our_recipe(root, side, batch)
+    return timed(lambda: pipeline.batches_from(recipe, workers=AT_ONCE), *taken)
 
 
 def files_of(root: str) -> list[Path]:
     return sorted(Path(root, "files").iterdir())
 
 
-def decoded(file: Path, side: int, at: tuple[float, float]) -> Any:
+def cropped(file: Path, side: int, at: tuple[float, float], drafted: bool) -> Any:
     """What the pipeline does with a file's picture, in Pillow's own calls."""
     from PIL import Image
 
     from dreamlite_jax.data import transforms
 
     image = Image.open(file)
-    scale = transforms.enough(*image.size, (side, side)) / max(image.size)
     crop = transforms.crop_to(*image.size, (side, side), at)
-    image.draft("RGB", tuple(round(edge * scale) for edge in image.size))
+    if drafted:
+        scale = transforms.enough(*image.size, (side, side)) / max(image.size)
+        image.draft("RGB", tuple(round(edge * scale) for edge in image.size))
     return transforms.fitted(image, (side, side), crop)
 
 
-def pillow_step(root: str, side: int, batch: int, workers: int, taken: int) -> Callable[[], Any]:
-    """Threads are its workers: Pillow decodes and resizes without Python's lock."""
+def _pillow(root: str, side: int, batch: int, drafted: bool, threads: int = 1) -> Iterator[list]:
     rng, files = np.random.default_rng(0), files_of(root)
-    pool = ThreadPoolExecutor(workers or 1)
 
-    def step():
-        places = rng.random((taken * batch, 3))
-        jobs = [
-            pool.submit(decoded, files[int(k * len(files))], side, (x, y)) for k, x, y in places
-        ]
-        for job in jobs:
-            job.result()
+    def picture(place: np.ndarray) -> Any:
+        k, *at = place
+        return cropped(files[int(k * len(files))], side, tuple(at), drafted)
 
-    return step
+    if threads == 1:
+        while True:
+            yield [picture(place) for place in rng.random((batch, 3))]
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            yield list(pool.map(picture, rng.random((batch, 3))))
+
+
+def pillow_step(root: str, side: int, batch: int) -> Step:
+    return _pillow(root, side, batch, drafted=False).__next__
+
+
+def drafted_step(root: str, side: int, batch: int) -> Step:
+    return _pillow(root, side, batch, drafted=True).__next__
+
+
+def pillow_threads(root: str, side: int, batch: int, taken: tuple[int, int]) -> Step:
+    """Threads share a batch, as nothing is to be batched."""
+    return timed(lambda: _pillow(root, side, batch, True, AT_ONCE), *taken)
 
 
 class Files:
@@ -128,15 +195,19 @@ class Files:
 
     def __getitem__(self, index: int) -> np.ndarray:
         rng = np.random.default_rng(index)
-        image = decoded(self.files[rng.integers(len(self.files))], self.side, tuple(rng.random(2)))
+        file = self.files[rng.integers(len(self.files))]
+        image = cropped(file, self.side, tuple(rng.random(2)), drafted=True)
         return np.asarray(image, np.float32) / 127.5 - 1
 
 
-def torch_step(root: str, side: int, batch: int, workers: int, taken: int) -> Callable[[], Any]:
+def torch_step(root: str, side: int, batch: int) -> Step:
     import torch
 
-    loader = torch.utils.data.DataLoader(Files(root, side), batch, num_workers=workers)
-    if workers:
-        return lambda: _taken(iter(loader), taken)
-    batches = iter(loader)
-    return lambda: next(batches)
+    return iter(torch.utils.data.DataLoader(Files(root, side), batch)).__next__
+
+
+def torch_processes(root: str, side: int, batch: int, taken: tuple[int, int]) -> Step:
+    import torch
+
+    loader = torch.utils.data.DataLoader(Files(root, side), batch, num_workers=AT_ONCE)
+    return timed(lambda: iter(loader), *taken)
