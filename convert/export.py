@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from dreamlite_jax import system
+from dreamlite_jax import cli, system
 from dreamlite_jax.train import origins
-from launch import cli
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 

@@ -26,9 +26,14 @@ from dreamlite_jax.data.precomputed import Latents
 from dreamlite_jax.data.prompts import NULL
 from dreamlite_jax.data.records import PreparedSet
 from dreamlite_jax.data.transforms import Size
+from dreamlite_jax.errors import UserError
 from dreamlite_jax.system import System
 
 WINDOW = 8  # batches' worth of records that are read ahead and sorted by bucket together
+
+
+class PrecomputeError(UserError):
+    """Outputs that cannot be stored: one line."""
 
 
 def made_with(model_dir: str | os.PathLike, config: system.Config, **settings: Any) -> dict:
@@ -91,7 +96,7 @@ def encoded(
       batch_size: records encoded at once, a multiple of the number of local devices.
 
     Raises:
-      OverflowError: an output is too large for half precision.
+      PrecomputeError: an output is too large for half precision.
     """
     source = streams.PreparedSource(prepared)
     mode = pipeline.MODES[source.task]
@@ -172,7 +177,8 @@ def _contexts(
 def _half(values: np.ndarray) -> np.ndarray:
     half = values.astype(np.float16)
     if not np.isfinite(half).all():
-        raise OverflowError(
-            f"an encoder's output reaches {np.abs(values).max():.3g}, half precision only 65504"
+        raise PrecomputeError(
+            f"an encoder's output reaches {np.abs(values).max():.3g}, half precision only 65504; "
+            "train without precomputed outputs"
         )
     return half

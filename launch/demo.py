@@ -12,8 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dreamlite_jax import tiny
-from launch import cli
+from dreamlite_jax import cli, tiny
 
 OUT = flags.DEFINE_string("out", "runs/demo", "folder for everything that the demo makes")
 

@@ -7,8 +7,10 @@ goes on. Every process of a pod encodes shards of its own on its own devices. Tr
 outputs where they are there, and refuses those of other encoders. Crops are the middle, not random.
 """
 
+import contextlib
 import json
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -17,13 +19,12 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from dreamlite_jax import precompute, system
+from dreamlite_jax import cli, precompute, system
 from dreamlite_jax.data import precomputed, transforms
 from dreamlite_jax.data.pipeline import MODES, differences
 from dreamlite_jax.data.records import PreparedSet
 from dreamlite_jax.data.shards import NAME, Shard, write_json, write_shard
 from dreamlite_jax.data.streams import TASK_OF
-from launch import cli
 
 DATA = flags.DEFINE_string("data", None, "folder of a prepared set", required=True)
 MODEL = flags.DEFINE_string("model", None, "model directory with the encoders", required=True)
@@ -43,7 +44,7 @@ def main() -> None:
     made_with = precompute.made_with(
         MODEL.value, config, image_size=SIZE.value, max_ratio=MAX_RATIO.value
     )
-    plan = {"prepared": prepared.fingerprint, "made_with": made_with, "least": LEAST.value}
+    plan = {"prepared": prepared.fingerprint, "least": LEAST.value, **made_with}
     folder = precomputed.folder_of(DATA.value, SIZE.value)
     if (folder / precomputed.INDEX).is_file():
         task = TASK_OF[prepared.kind]
@@ -60,7 +61,8 @@ def main() -> None:
     using = precompute.encoders(system.load(MODEL.value, dtype, dtype))
     ends = np.cumsum([shard.count for shard in shards])
     batch_size = BATCH.value * jax.local_device_count()
-    with tqdm(total=sum(shards[k].count for k in missing), unit="record") as bar:
+    total = sum(shards[k].count for k in missing)
+    with interruptible(folder, own), tqdm(total=total, unit="record", disable=None) as bar:
         for k in missing:
             records = range(int(ends[k]) - shards[k].count, int(ends[k]))
             outputs = precompute.encoded(using, prepared, sizes, records, batch_size)
@@ -91,10 +93,29 @@ def check_plan(folder: Path, plan: dict) -> None:
     file = folder / "plan.json"
     if not file.is_file():
         write_json(file, plan)
-    elif changed := differences(json.loads(file.read_text()), plan):
+        return
+    try:
+        changed = differences(json.loads(file.read_bytes()), plan)
+    except (ValueError, TypeError) as error:
+        raise cli.CommandError(f"{file}: not readable ({error}); remove {folder}") from error
+    if changed:
         raise cli.CommandError(
             f"{folder} was begun otherwise: {'; '.join(changed)}; remove it or use the same again"
         )
+
+
+@contextlib.contextmanager
+def interruptible(folder: Path, own: Sequence[int]) -> Iterator[None]:
+    """Says what was done before somebody interrupted it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = sum(note_of(folder, k).is_file() for k in own)
+        print(
+            f"{done} of {len(own)} shards are finished; the same command goes on from there",
+            file=sys.stderr,
+        )
+        raise
 
 
 def note_of(folder: Path, shard: int) -> Path:

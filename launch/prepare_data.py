@@ -33,11 +33,11 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
+# Every worker imports this module: nothing here may bring JAX along.
+from dreamlite_jax import cli
 from dreamlite_jax.data import columns, decoding, records, shards, sources
 from dreamlite_jax.data.pictures import replaced_file
 from dreamlite_jax.errors import UserError
-
-# Every worker imports this module; the commands' common part would bring JAX along, hence below.
 
 SOURCE = flags.DEFINE_list(
     "source", None, "folders, files or patterns, separated by commas", required=True
@@ -387,6 +387,4 @@ def _listed(counts: collections.Counter[str]) -> str:
 
 
 if __name__ == "__main__":
-    from launch import cli
-
     cli.run(main)

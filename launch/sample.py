@@ -24,10 +24,9 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from dreamlite_jax import generation, system
+from dreamlite_jax import cli, generation, system
 from dreamlite_jax.data import pictures
 from dreamlite_jax.diffusion import sampling
-from launch import cli
 
 NOTE = "dreamlite_jax"  # the PNG's text chunk with the settings, as JSON
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

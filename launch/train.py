@@ -19,10 +19,10 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
+from dreamlite_jax import cli
 from dreamlite_jax.data import pipeline
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train import loop, sharding, signals
-from launch import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from launch import cli
+from dreamlite_jax import cli
 
 ROOT = Path(__file__).parent.parent
 

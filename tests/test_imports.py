@@ -15,7 +15,7 @@ LAYERS = (
     ("models", "diffusion", "data", "rewards"),
     ("system", "pretrained", "objectives", "generation", "tiny", "precompute"),
     ("evals",),
-    ("train",),
+    ("train", "cli"),
 )
 # The parts of the lowest layer know nothing of each other, but what is listed here.
 KNOWS = {"models": (), "diffusion": (), "data": (), "rewards": ("data",)}

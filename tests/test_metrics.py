@@ -119,7 +119,7 @@ def test_rates():
         "step 1200/50000  loss 0.1235  2.00 steps/s  128 images/s  mfu 30 %  6:46:40 left"
     )
     slow = interval.rates(1000, 170.0, 50000, 64)
-    assert metrics.progress_line(1000, 50000, {}, slow).endswith("0 images/s  ? left")
+    assert metrics.progress_line(1000, 50000, {}, slow) == "step 1000/50000"
     assert [metrics._short(x) for x in (0.00312, 0.51, 9.999, 21.84, 3210.6)] == [
         "0.00312",
         "0.510",

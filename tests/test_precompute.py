@@ -1,6 +1,9 @@
 """`launch.precompute`: what it stores is what training would compute, and is refused elsewhere."""
 
-import json
+import itertools
+import re
+import shutil
+from pathlib import Path
 
 import commands
 import foreign
@@ -8,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dreamlite_jax import precompute, system
 from dreamlite_jax.data import pipeline, precomputed, prompts, streams, transforms
@@ -89,14 +93,12 @@ def test_a_finished_set_stays(prepared, model_dir, capsys):
 def test_other_encoders_are_refused(prepared, model_dir, tmp_path):
     other = tiny_model_dir(tmp_path / "other", seed=1)
     with pytest.raises(
-        MixtureError, match=r"does not fit: vae was .*; run launch.precompute again"
+        MixtureError, match=r"does not fit: vae was .*; remove it and run launch.precompute again"
     ):
         recipe(prepared, other, True)
 
 
 def test_unfinished_and_damaged_outputs_are_refused(prepared, model_dir, tmp_path):
-    import shutil
-
     copy = tmp_path / "set"
     shutil.copytree(prepared, copy)
     folder = precomputed.folder_of(copy, SIZE)
@@ -109,21 +111,82 @@ def test_unfinished_and_damaged_outputs_are_refused(prepared, model_dir, tmp_pat
         recipe(copy, model_dir, True)
 
 
-def test_an_interrupted_run_goes_on(prepared, model_dir, tmp_path, capsys):
-    import shutil
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A prepared set of pairs in three shards, and a copy for every test that writes into it."""
+    folder = tmp_path_factory.mktemp("parts")
+    foreign.write_folder(folder / "photos", foreign.pairs())
+    given = f"--source={folder / 'photos'}", f"--out={folder / 'set'}", "--shard_size=2"
+    assert commands.run("prepare_data", *given, "--workers=1") == 0
+    copies = itertools.count()
+    return lambda: Path(shutil.copytree(folder / "set", folder / f"copy-{next(copies)}"))
 
-    copy = tmp_path / "set"
-    shutil.copytree(prepared, copy)
-    folder = precomputed.folder_of(copy, SIZE)
-    index = json.loads((folder / precomputed.INDEX).read_text())
-    (folder / precomputed.INDEX).unlink()
-    for note in sorted(folder.glob("part-*.json"))[1:]:
-        note.unlink()
-    assert encode(copy, model_dir) == 0
-    assert json.loads((folder / precomputed.INDEX).read_text()) == index
-    (folder / precomputed.INDEX).unlink()
-    assert encode(copy, model_dir, "--least=3") == 2
+
+def test_an_interrupted_run_goes_on(parts, model_dir, monkeypatch, capsys):
+    whole, stopped = parts(), parts()
+    assert encode(whole, model_dir) == 0
+    encoded, calls = precompute.encoded, itertools.count()
+
+    def interrupted(*arguments):
+        if next(calls):
+            raise KeyboardInterrupt
+        return encoded(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute, "encoded", interrupted)
+        capsys.readouterr()
+        assert encode(stopped, model_dir) == 130
+    assert capsys.readouterr().err == (
+        "1 of 3 shards are finished; the same command goes on from there\ninterrupted\n"
+    )
+    assert encode(stopped, model_dir, "--least=3") == 2
     assert "was begun otherwise: least was 2, is 3" in capsys.readouterr().err
+    assert encode(stopped, model_dir) == 0
+    assert "1 of 3 shards are there, going on" in capsys.readouterr().out
+    found = [
+        {f.name: f.read_bytes() for f in precomputed.folder_of(one, SIZE).iterdir()}
+        for one in (whole, stopped)
+    ]
+    assert found[0] == found[1]
+
+
+def test_wrong_use_is_one_line_and_exit_code_2(parts, model_dir, tmp_path, capsys):
+    """Later flags win over `encode`'s own."""
+    prepared = parts()
+    assert encode(prepared, model_dir) == 0
+    other = tiny_model_dir(tmp_path / "other", seed=1)
+    loud = tiny_model_dir(tmp_path / "loud")
+    file = loud / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    for name, values in tensors.items():
+        if name.startswith("encoder"):
+            tensors[name] = values * 1e3
+    save_file(tensors, file, metadata={"format": "pt"})
+    damaged, index = parts(), precomputed.folder_of(prepared, SIZE) / precomputed.INDEX
+    shard = damaged / "part-00001.arrayrecord"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    broken = precomputed.folder_of(damaged.parent / "broken", SIZE) / precomputed.INDEX
+    shutil.copytree(prepared, damaged.parent / "broken")
+    broken.write_text("{")
+    for given, said in (
+        (["--data=/nowhere"], "/nowhere: no such folder"),
+        ([f"--data={tmp_path}"], "no prepared set, index.json is missing"),
+        ([f"--data={damaged}"], "incomplete: part-00001.arrayrecord"),
+        (["--model=/nowhere"], "/nowhere: no such directory"),
+        ([f"--model={prepared}"], "expected a diffusers model directory"),
+        ([f"--model={other}"], "does not fit: vae was .*; remove it and run launch.precompute"),
+        ([f"--data={broken.parent.parent}"], "index.json: not readable .*; remove it and run"),
+        ([f"--data={parts()}", f"--model={loud}"], "half precision only 65504; train without"),
+        (["--image_size=60"], "60 is not a positive multiple of 32"),
+        (["--max_ratio=0.5"], "0.5, should be at least 1"),
+        (["--batch_size=0"], "not a positive integer"),
+    ):
+        capsys.readouterr()
+        assert encode(prepared, model_dir, *given) == 2, given
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and re.search(said, err), (given, err)
+    shutil.rmtree(index.parent)  # as the line says
+    assert encode(prepared, model_dir, f"--model={other}") == 0
 
 
 def test_samples_survive_the_file():

@@ -12,21 +12,22 @@ STAGE = "shapes/autoencoder"  # the quickest to compile; what is tested here is 
 def alone(tmp_path_factory, cache):
     """The metrics of four steps on one device."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    training.run(STAGE, workdir, cache, "--config.steps=4")
+    training.run(STAGE, workdir, cache, training.SMOOTH, "--config.steps=4")
     return training.result(workdir)[2]
 
 
 def test_8_devices_then_4(alone, cache, tmp_path):
-    said = training.run(STAGE, tmp_path / "run", cache, devices=8)
+    given = STAGE, tmp_path / "run", cache, training.SMOOTH
+    said = training.run(*given, devices=8)
     assert "mesh data 1 x fsdp 8" in said
     training.assert_close(training.result(tmp_path / "run")[2], until(alone, 2))
-    said = training.run(STAGE, tmp_path / "run", cache, "--config.steps=4", devices=4)
+    said = training.run(*given, "--config.steps=4", devices=4)
     assert "going on from step 2" in said
     training.assert_close(training.result(tmp_path / "run")[2], alone)
 
 
 def test_2_processes_of_4_devices_then_1(alone, cache, tmp_path):
-    given = STAGE, tmp_path / "run", cache
+    given = STAGE, tmp_path / "run", cache, training.SMOOTH
     mesh = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
     said = training.run_together(*given, *mesh, processes=2, devices=4)
     assert "mesh data 4 x fsdp 2, 2 processes" in said[0]

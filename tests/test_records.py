@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dreamlite_jax.data import records, shards
+from dreamlite_jax.data import pictures, records, shards
 from dreamlite_jax.data.records import PreparedSet, PreparedSetError, Record
 
 COUNTS = (3, 0, 4, 1)  # records of the shards
@@ -185,6 +185,18 @@ def test_disks_that_are_full(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "replaced_file", full)
     with pytest.raises(OSError, match=r"a\.arrayrecord: cannot be written .*No space left"):
         records.write_shard(tmp_path / "a.arrayrecord", [made(0)])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_says_which_file(tmp_path):
+    """The error of a write names none by itself."""
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a'"),
+        pictures.replaced_file(tmp_path / "a"),
+        open("/dev/full", "wb", buffering=0) as full,
+    ):
+        full.write(b"something")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import pickle
 import re
 import tarfile
@@ -341,3 +342,17 @@ def test_names_that_are_not_utf8(tmp_path):
     (tmp_path / f"{name}.txt").write_text("coffee")
     (found,) = everything(tmp_path)
     assert found.error is None and found.key == "caf\\udce9"
+
+
+def test_folders_that_cannot_be_listed_are_not_passed_over(tmp_path, monkeypatch):
+    root = foreign.write_folder(tmp_path, foreign.pairs())
+    scandir = os.scandir
+
+    def forbidden(folder):
+        if os.fspath(folder).endswith("animals"):
+            raise PermissionError(13, "Permission denied", os.fspath(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(SourceError, match=r"animals: cannot be listed \(Permission denied\)"):
+        sources.parts(root, 1000)

@@ -27,10 +27,17 @@ def test_a_ratio_of_one_leaves_the_square():
 
 
 @pytest.mark.parametrize(
-    "arguments, said", [((100,), "multiple of 32"), ((64, 32, 0.5), "at least")]
+    "arguments, said",
+    [
+        ((100,), "100 is not a positive multiple of 32"),
+        ((0,), "multiple of 32"),
+        ((-64,), "multiple of 32"),
+        ((64, 32, 0.5), "0.5, should be at least 1"),
+        ((64, 32, float("nan")), "nan, should be at least 1"),
+    ],
 )
 def test_impossible_buckets_are_refused(arguments, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(transforms.SizeError, match=said):
         transforms.aspect_buckets(*arguments)
 
 

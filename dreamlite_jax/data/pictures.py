@@ -71,7 +71,10 @@ def write_png(
 
 @contextlib.contextmanager
 def replaced_file(file: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A stream to fill; on leaving without an error it takes the place of `file`."""
+    """A stream to fill; on leaving without an error it takes the place of `file`.
+
+    An OSError on the way names a file: this one, where it names none.
+    """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}-{os.getpid()}.part")
@@ -79,6 +82,10 @@ def replaced_file(file: str | os.PathLike) -> Iterator[BinaryIO]:
         with scratch.open("wb") as stream:
             yield stream
         scratch.replace(file)
+    except OSError as error:
+        if error.filename is None:  # a full disk's does not say where
+            error.filename = str(file)
+        raise
     finally:
         scratch.unlink(missing_ok=True)
 

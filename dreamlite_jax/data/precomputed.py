@@ -114,6 +114,18 @@ def write_index(
     write_json(folder / INDEX, index)
 
 
+def _read_index(folder: Path) -> dict[str, Any]:
+    again = "remove it and run launch.precompute again"
+    try:
+        index = json.loads((folder / INDEX).read_bytes())
+        version = index["version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise MixtureError(f"{folder / INDEX}: not readable ({error!r}); {again}") from error
+    if version != VERSION:
+        raise MixtureError(f"{folder}: version {version}, this program reads {VERSION}; {again}")
+    return index
+
+
 class PrecomputedSource:
     """A `mixture.Source` of `Latents`.
 
@@ -123,23 +135,24 @@ class PrecomputedSource:
     """
 
     def __init__(self, folder: Path, task: str, prepared: str, made_with: Mapping[str, Any]):
-        again = "run launch.precompute again, or set precomputed=False"
+        again = "launch.precompute again, or set precomputed=False"
         if not (folder / INDEX).is_file():
-            raise MixtureError(f"{folder} is not finished: it has no {INDEX}; {again}")
-        index = json.loads((folder / INDEX).read_text())
+            raise MixtureError(f"{folder} is not finished: it has no {INDEX}; run {again}")
+        index = _read_index(folder)
         differing = [
-            f"{key} was {index['made_with'].get(key)!r}, is {value!r}"
+            # Of the digests a few digits do.
+            f"{key} was {str(index['made_with'].get(key))[:8]}, is {str(value)[:8]}"
             for key, value in made_with.items()
             if index["made_with"].get(key) != value
         ]
-        if index["version"] != VERSION:
-            differing = [f"its version is {index['version']}, this program's {VERSION}"]
         if index["prepared"] != prepared:
             differing.append("the prepared set has changed")
         self._shards = Shards(folder, [Shard(**shard) for shard in index["shards"]])
         differing += self._shards.problems()
         if differing:
-            raise MixtureError(f"{folder} does not fit: {'; '.join(differing)}; {again}")
+            raise MixtureError(
+                f"{folder} does not fit: {'; '.join(differing)}; remove it and run {again}"
+            )
         self.task, self.drop = task, index["drop"]
         self.sizes = np.load(folder / "sizes.npy")
         self.fingerprint = index["fingerprint"]

@@ -132,9 +132,13 @@ def _parts_of(path: Path, shard_size: int, names: Mapping[str, str]) -> list[Par
 
 
 def _files(root: Path) -> list[Path]:
-    """All files below a folder, sorted; links are followed, once each, hidden ones left out."""
+    """All files below a folder, sorted; links are followed, once each, hidden ones left out.
+
+    Raises:
+      SourceError: a folder cannot be listed; what it holds would be missing without a word.
+    """
     found, seen = [], set()
-    for folder, inner, names in os.walk(root, followlinks=True):
+    for folder, inner, names in os.walk(root, onerror=_unlisted, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             inner.clear()
@@ -143,6 +147,10 @@ def _files(root: Path) -> list[Path]:
         inner[:] = sorted(name for name in inner if name[0] != ".")
         found += [Path(folder, name) for name in names if name[0] != "."]
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
+
+
+def _unlisted(error: OSError) -> None:
+    raise SourceError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
 
 def _state(files: Iterable[Path]) -> str:

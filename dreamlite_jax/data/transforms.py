@@ -11,7 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from dreamlite_jax.errors import UserError
+
 Size = tuple[int, int]  # (height, width) in pixels
+
+
+class SizeError(UserError):
+    """A size or an aspect ratio that no network can have: one line."""
+
 
 # --- Aspect buckets -------------------------------------------------------------------------------
 
@@ -28,12 +35,12 @@ def aspect_buckets(side: int, multiple: int = 32, max_ratio: float = 2.0) -> lis
       max_ratio: of the longer to the shorter edge; 1 leaves the square alone.
 
     Raises:
-      ValueError: side is no positive multiple of `multiple`, or max_ratio is below 1.
+      SizeError: side is no positive multiple of `multiple`, or max_ratio is below 1.
     """
     if side < multiple or side % multiple:
-        raise ValueError(f"image size {side} is not a positive multiple of {multiple}")
-    if max_ratio < 1:
-        raise ValueError(f"the largest aspect ratio is {max_ratio}, should be at least 1")
+        raise SizeError(f"image size {side} is not a positive multiple of {multiple}")
+    if not max_ratio >= 1:  # nor is it NaN
+        raise SizeError(f"the largest aspect ratio is {max_ratio}, should be at least 1")
     units = side // multiple
     wide = {
         (units**2 // width, width)
