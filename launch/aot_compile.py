@@ -25,18 +25,18 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
-from dreamlite_jax import pretrained, system
+from dreamlite_jax import cli, pretrained, system
 from dreamlite_jax.data import pipeline
 from dreamlite_jax.data.mixture import EDIT
 from dreamlite_jax.data.prompts import DropCounts
 from dreamlite_jax.models import autoencoder, unet
+from dreamlite_jax.models.primitives import PLAIN
 from dreamlite_jax.objectives import flow_matching
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train import costs, loop, sharding, stages
 from dreamlite_jax.train.metrics import PEAK_FLOPS
 from dreamlite_jax.train.state import new_state
 from dreamlite_jax.train.update import make_update
-from launch import cli
 
 DOES_NOT_FIT = 3
 
@@ -60,7 +60,7 @@ def main() -> None:
             f"batch_size {raw.batch_size} is no multiple of {mesh.size} devices x accumulation "
             f"{raw.accumulation}"
         )
-    step_fn, arguments, loss = abstract_step(raw, mesh)
+    step_fn, arguments, flops = abstract_step(raw, mesh)
     began = time.monotonic()
     lowered = loop.compiled(step_fn, arguments[0]).lower(*arguments)
     print(
@@ -73,7 +73,7 @@ def main() -> None:
         "topology": TOPOLOGY.value,
         "rows_per_device": raw.batch_size // mesh.size,
         "compile_seconds": time.monotonic() - began,
-        "model_flops": loss / mesh.size,
+        "model_flops": flops / mesh.size,
         **found._asdict(),
     }
     share = report(found, figures, arguments[0], kind, mesh)
@@ -88,9 +88,13 @@ def topology(name: str) -> list[Any]:
     """The devices of a slice that is not there."""
     from jax.experimental import topologies
 
+    # Or libtpu asks a cloud's metadata server, and lets no other process load it.
     os.environ.update(
-        TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0"
-    )  # or libtpu asks a cloud's metadata server
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_WORKER_ID="0",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # the plugin has errors of its own
@@ -137,11 +141,10 @@ def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
     spread = placed(batch, jax.tree.map(lambda _: rows, batch))
     key = jax.eval_shape(lambda: jax.random.key(0))
 
-    # Three times the forward pass: the gradient by inputs and by parameters costs one each.
-    plain = config._replace(remat="none", ops=stages.PLAIN)
-    forward = stages.diffusion_loss(plain, context_length, settings)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), raw.batch_size))
-    flops = 3 * costs.model_flops(lambda p, b, k: forward(p, {}, b, k)[0], trained, batch, keys)
+    plain = config._replace(remat="none", ops=PLAIN)
+    row = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    plain_loss = stages.diffusion_loss(plain, context_length, settings)
+    flops = raw.batch_size * costs.gradient_flops(plain_loss, trained, {}, row)
     return step_fn, (state, {}, spread, key), flops
 
 

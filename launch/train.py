@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from dreamlite_jax import cli
 from dreamlite_jax.data import pipeline
 from dreamlite_jax.train import config as train_config
-from dreamlite_jax.train import loop, sharding, signals
+from dreamlite_jax.train import loop, metrics, sharding, signals
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
@@ -67,6 +67,7 @@ def main() -> None:
         Path(WORKDIR.value),
         train_config.meta_of(run),
         lambda saved: train_config.check_resumed(run, saved),
+        train_config.flops_of_step(run) if metrics.peak_flops() else None,
     )
     if not done:
         sys.exit(signals.EXIT_TO_RESUME)

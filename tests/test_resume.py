@@ -22,14 +22,14 @@ KILLS = {"phase3_joint": 2}  # the others once
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, cache):
-    """The run of a stage from start to end, with more flags where they are given."""
+    """The run of a stage from start to end."""
     made = {}
 
-    def get(stage, *flags):
-        if (stage, flags) not in made:
-            workdir = made[stage, flags] = tmp_path_factory.mktemp(stage) / "run"
-            training.run(f"shapes/{stage}", workdir, cache, f"--config.steps={STEPS}", *flags)
-        return made[stage, flags]
+    def get(stage):
+        if stage not in made:
+            made[stage] = tmp_path_factory.mktemp(stage) / "run"
+            training.run(f"shapes/{stage}", made[stage], cache, f"--config.steps={STEPS}")
+        return made[stage]
 
     return get
 
@@ -109,10 +109,9 @@ def test_runs_start_from_runs(undisturbed, cache, tmp_path):
 
 def test_2_processes_of_4_devices(undisturbed, cache, tmp_path):
     stage = "phase3_joint"
-    given = f"shapes/{stage}", tmp_path / "run", cache, training.SMOOTH
+    given = f"shapes/{stage}", tmp_path / "run", cache
     said = training.run_together(*given, processes=2, devices=4)
     assert "2 processes" in said[0]
     assert "step 2/2" in said[0] and "step 2/2" not in said[1]
-    alone = undisturbed(stage, training.SMOOTH)
-    found, expected = (training.result(run)[2] for run in (tmp_path / "run", alone))
+    found, expected = (training.result(run)[2] for run in (tmp_path / "run", undisturbed(stage)))
     training.assert_close(found, [line for line in expected if line["step"] <= 2])

@@ -8,6 +8,7 @@ Names are diffusers' (`unet_dreamlite.py`, `transformer_2d_dreamlite.py`): a pat
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from dreamlite_jax.models.layers import (
     GroupNorm,
     LayerNorm,
     Linear,
+    NormWeights,
     RMSNorm,
     add_bias,
 )
@@ -83,8 +85,9 @@ class SeparableConv(nn.Module):
     ops: Primitives = PLAIN
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = DepthwiseConv(self.dtype, self.ops, name="depthwise")(x)
+    def __call__(self, x: Array, convolve: Callable[[Array, Array], Array] | None = None) -> Array:
+        """convolve: see `DepthwiseConv`."""
+        x = DepthwiseConv(self.dtype, self.ops, name="depthwise")(x, convolve)
         return Conv(self.features, 1, 1, False, self.dtype, self.ops, name="pointwise")(x)
 
 
@@ -106,18 +109,23 @@ class ResnetBlock(nn.Module):
     def __call__(self, x: Array, temb: Array) -> Array:
         """x [B, H, W, I], temb [B, E] -> [B, H, W, features]."""
 
-        def conv(features, name):
+        def activated_conv(h, features, norm, name):
+            """The convolution `name` of silu(norm(h))."""
             if self.separable:
-                return SeparableConv(features, self.dtype, self.ops, name=name)
-            return Conv(features, 3, 1, True, self.dtype, self.ops, name=name)
+                conv = SeparableConv(features, self.dtype, self.ops, name=name)
+            else:
+                conv = Conv(features, 3, 1, True, self.dtype, self.ops, name=name)
+            if not self.separable or self.ops.norm_silu_depthwise is None:
+                return conv(self.ops.silu(GroupNorm(self.groups, self.eps, self.ops, name=norm)(h)))
+            weights = NormWeights(h.shape[-1], name=norm)()
+            how = {"groups": self.groups, "eps": self.eps}
+            return conv(h, lambda h, k: self.ops.norm_silu_depthwise(h, *weights, k, **how))
 
         inner = 2 * self.features if self.separable else self.features
-        h = self.ops.silu(GroupNorm(self.groups, self.eps, self.ops, name="norm1")(x))
-        h = conv(inner, "conv1")(h)
+        h = activated_conv(x, inner, "norm1", "conv1")
         temb = Linear(inner, True, self.dtype, self.ops, name="time_emb_proj")(self.ops.silu(temb))
         h = add_bias(h, temb[:, None, None, :])
-        h = self.ops.silu(GroupNorm(self.groups, self.eps, self.ops, name="norm2")(h))
-        h = conv(self.features, "conv2")(h)
+        h = activated_conv(h, self.features, "norm2", "conv2")
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, 1, True, self.dtype, self.ops, name="conv_shortcut")(x)
         return x + h
@@ -149,9 +157,14 @@ class Attention(nn.Module):
         k = project(source, self.kv_heads, "to_k")
         v = project(source, self.kv_heads, "to_v")
         if self.qk_norm:
-            q = RMSNorm(QK_NORM_EPS, self.ops, name="norm_q")(q)
             k = RMSNorm(QK_NORM_EPS, self.ops, name="norm_k")(k)
-        y = self.ops.attention(q, k, v, bias).reshape(b, h, w, c)
+        if self.qk_norm and self.ops.normed_attention is not None:
+            weights = NormWeights(width, use_bias=False, name="norm_q")()
+            y = self.ops.normed_attention(q, k, v, bias, *weights, eps=QK_NORM_EPS)
+        else:
+            q = RMSNorm(QK_NORM_EPS, self.ops, name="norm_q")(q) if self.qk_norm else q
+            y = self.ops.attention(q, k, v, bias)
+        y = y.reshape(b, h, w, c)
         return Linear(c, True, self.dtype, self.ops, name="to_out_0")(y)
 
 
@@ -164,8 +177,10 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = Linear(2 * self.features, True, self.dtype, self.ops, name="proj")(x)
-        value, gate = jnp.split(x, 2, axis=-1)
+        proj = Linear(2 * self.features, True, self.dtype, self.ops, name="proj")
+        if self.ops.geglu is not None:
+            return proj(x, self.ops.geglu)
+        value, gate = jnp.split(proj(x), 2, axis=-1)
         return value * self.ops.gelu(gate)
 
 
@@ -362,8 +377,10 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = self.ops.upsample_nearest(x)
-        return Conv(self.features, 3, 1, True, self.dtype, self.ops, name="conv")(x)
+        conv = Conv(self.features, 3, 1, True, self.dtype, self.ops, name="conv")
+        if self.ops.upsample_conv is not None:
+            return conv(x, self.ops.upsample_conv)
+        return conv(self.ops.upsample_nearest(x))
 
 
 def sinusoids(positions: Array, width: int, *, cos_first: bool, shift: float) -> Array:

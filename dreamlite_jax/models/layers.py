@@ -6,6 +6,7 @@ Names follow diffusers' and transformers' modules, so that a parameter's path is
 compute dtype to which inputs and kernels are cast. Norms take their statistics in float32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -32,7 +33,10 @@ def add_bias(y: Array, bias: Array) -> Array:
 
 
 class Linear(nn.Module):
-    """x [..., I] -> [..., features]; parameters kernel [I, O] and bias [O]."""
+    """x [..., I] -> [..., features]; parameters kernel [I, O] and bias [O].
+
+    `apply(x, kernel, bias)` replaces the arithmetic where more is to be done with the parameters.
+    """
 
     features: int
     use_bias: bool = True
@@ -40,19 +44,25 @@ class Linear(nn.Module):
     ops: Primitives = PLAIN
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(
+        self, x: Array, apply: Callable[[Array, Array, Array | None], Array] | None = None
+    ) -> Array:
         kernel = self.param("kernel", uniform_fan_in, (x.shape[-1], self.features), jnp.float32)
-        y = self.ops.linear(x.astype(self.dtype), kernel.astype(self.dtype))
+        x, kernel, bias = x.astype(self.dtype), kernel.astype(self.dtype), None
         if self.use_bias:
-            y = add_bias(
-                y, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-            )
-        return y
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        if apply is not None:
+            return apply(x, kernel, bias)
+        y = self.ops.linear(x, kernel)
+        return y if bias is None else add_bias(y, bias)
 
 
 class Conv(nn.Module):
     """x [B, H, W, I] -> [B, H/stride, W/stride, features]; kernel [k, k, I, O], zero padding k //
-    2 on both sides."""
+    2 on both sides.
+
+    `convolve(x, kernel)` replaces the primitive where more than a convolution is to be done.
+    """
 
     features: int
     kernel_size: int = 3
@@ -62,15 +72,16 @@ class Conv(nn.Module):
     ops: Primitives = PLAIN
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, convolve: Callable[[Array, Array], Array] | None = None) -> Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", uniform_fan_in, shape, jnp.float32).astype(self.dtype)
         x = x.astype(self.dtype)
-        y = (
-            self.ops.linear(x, kernel[0, 0])
-            if self.kernel_size == 1
-            else self.ops.conv(x, kernel, self.stride)
-        )
+        if convolve is not None:
+            y = convolve(x, kernel)
+        elif self.kernel_size == 1:
+            y = self.ops.linear(x, kernel[0, 0])
+        else:
+            y = self.ops.conv(x, kernel, self.stride)
         if self.use_bias:
             y = add_bias(
                 y, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
@@ -79,15 +90,19 @@ class Conv(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise 3x3 convolution of x [B, H, W, C], no bias; kernel [3, 3, 1, C]."""
+    """Depthwise 3x3 convolution of x [B, H, W, C], no bias; kernel [3, 3, 1, C].
+
+    `convolve` replaces the primitive where more than a convolution is to be done with the kernel.
+    """
 
     dtype: Dtype = jnp.float32
     ops: Primitives = PLAIN
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, convolve: Callable[[Array, Array], Array] | None = None) -> Array:
         kernel = self.param("kernel", uniform_fan_in, (3, 3, 1, x.shape[-1]), jnp.float32)
-        return self.ops.depthwise_conv(x.astype(self.dtype), kernel.astype(self.dtype))
+        convolve = convolve or self.ops.depthwise_conv
+        return convolve(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 class GroupNorm(nn.Module):
@@ -102,6 +117,21 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         return self.ops.group_norm(x, scale, bias, groups=self.groups, eps=self.eps)
+
+
+class NormWeights(nn.Module):
+    """The parameters of a norm that is done as a part of something larger: scale [C], and bias [C]
+    where it has one."""
+
+    channels: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, ...]:
+        scale = self.param("scale", nn.initializers.ones, (self.channels,), jnp.float32)
+        if not self.use_bias:
+            return (scale,)
+        return scale, self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
 
 
 class LayerNorm(nn.Module):

@@ -156,6 +156,15 @@ class Primitives(NamedTuple):
     linear: Callable[[Array, Array], Array] = linear
     conv: Callable[..., Array] = conv
     depthwise_conv: Callable[[Array, Array], Array] = depthwise_conv
+    # Several at once, where a target has them so; None: one after the other.
+    # (q, k, v, bias, scale, *, eps): `attention` of RMS-normalised queries.
+    normed_attention: Callable[..., Array] | None = None
+    # (x, scale, bias, kernel, *, groups, eps): `group_norm`, `silu`, `depthwise_conv`.
+    norm_silu_depthwise: Callable[..., Array] | None = None
+    # (x, kernel, bias): `linear`, whose second half of channels gates the first by `gelu`.
+    geglu: Callable[[Array, Array, Array], Array] | None = None
+    # (x, kernel): `upsample_nearest`, `conv` by a 3x3 kernel.
+    upsample_conv: Callable[[Array, Array], Array] | None = None
 
 
 PLAIN = Primitives()

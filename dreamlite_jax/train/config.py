@@ -18,8 +18,9 @@ from dreamlite_jax.data import pipeline, streams, transforms
 from dreamlite_jax.data.pipeline import Recipe
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models import blocks, unet
+from dreamlite_jax.models.primitives import PLAIN
 from dreamlite_jax.objectives import autoencoding, flow_matching
-from dreamlite_jax.train import optim, origins, sharding, stages
+from dreamlite_jax.train import costs, optim, origins, sharding, stages
 from dreamlite_jax.train.loop import Schedule, Stage
 from dreamlite_jax.train.state import Params
 
@@ -386,6 +387,18 @@ def make_loss(run: Run):
     if run.raw.stage == AUTOENCODER:
         return stages.autoencoder_loss(run.config, run.loss)
     return stages.diffusion_loss(run.config, run.recipe.context_length, run.loss)
+
+
+def flops_of_step(run: Run) -> float:
+    """What the mathematics of a step takes, without what is computed again."""
+    plain = run._replace(config=run.config._replace(remat="none", ops=PLAIN))
+    shapes = {
+        name: pretrained.param_shapes(system.NETWORKS[name], getattr(run.config, name))
+        for name in networks_of(run.raw)
+    }
+    trained = {name: shapes.pop(name) for name in run.raw.train}
+    row = pipeline.batch(run.recipe, pipeline.check(run.recipe), range(1), 0)
+    return run.raw.batch_size * costs.gradient_flops(make_loss(plain), trained, shapes, row)
 
 
 def make_stage(run: Run) -> Stage:

@@ -4,6 +4,7 @@ Of a program that XLA has compiled for a TPU, its text gives for every instructi
 the compiler expects, and the collectives; its analyses give memory, FLOPs and bytes. Two estimates
 of time come of it. The roofline takes a chip that does nothing but the arithmetic, or nothing but
 the traffic with its memory, whichever takes longer; the cycles add up what the compiler plans with.
+Of a Pallas kernel it expects nothing: there the roofline of what the kernel declares is added.
 Neither is a measurement.
 """
 
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dreamlite_jax.train.metrics import PEAK_FLOPS
+from dreamlite_jax.train.update import LossFn
 
 GIB = 2**30
 
@@ -42,6 +44,7 @@ class Costs(NamedTuple):
     flops: float  # as compiled: what rematerialisation repeats counts again
     bytes: float  # to and from memory
     cycles: float
+    kernels: list[tuple[float, float, float]]  # how often a kernel runs, its FLOPs and bytes
     collectives: dict[str, tuple[float, float]]  # by kind: how many run, and their bytes
 
     @property
@@ -49,20 +52,27 @@ class Costs(NamedTuple):
         return self.arguments + self.temporary + self.outputs
 
     def roofline_seconds(self, kind: str) -> float:
-        return max(self.flops / PEAK_FLOPS[kind], self.bytes / CHIPS[kind].bandwidth)
+        return _roofline(kind, self.flops, self.bytes)
 
     def cycle_seconds(self, kind: str) -> float:
-        return self.cycles / CHIPS[kind].clock
+        kernels = sum(times * _roofline(kind, *one) for times, *one in self.kernels)
+        return self.cycles / CHIPS[kind].clock + kernels
+
+
+def _roofline(kind: str, flops: float, bytes_: float) -> float:
+    return max(flops / PEAK_FLOPS[kind], bytes_ / CHIPS[kind].bandwidth)
 
 
 def of(compiled: Any) -> Costs:
     """The costs of a `jax.stages.Compiled` for a TPU."""
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     computations = dict(_computations(compiled.as_text()))
-    cycles, collectives = 0.0, {}
+    cycles, kernels, collectives = 0.0, [], {}
     for line, times in _instructions(computations):
         if found := _CYCLES.search(line):
             cycles += times * int(found[1])
+        if found := _KERNEL.search(line):
+            kernels.append((times, float(found[1]), float(found[2])))
         if found := _COLLECTIVE.search(line):
             count, size = collectives.get(found["kind"], (0.0, 0.0))
             collectives[found["kind"]] = (count + times, size + times * _bytes(found["type"]))
@@ -73,19 +83,30 @@ def of(compiled: Any) -> Costs:
         flops=analysis["flops"],
         bytes=analysis["bytes accessed"],
         cycles=cycles,
+        kernels=kernels,
         collectives=collectives,
     )
 
 
-def model_flops(function: Any, *arguments: Any) -> float:
-    """FLOPs of a function before compilation, over all devices: what the mathematics takes, without
-    what compilers repeat. Arguments are arrays or shapes."""
-    return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
+def gradient_flops(loss_fn: LossFn, trained: Any, frozen: Any, batch: Any) -> float:
+    """FLOPs of a loss and its gradient by the trained parameters, over a whole batch, as written:
+    for a loss that rematerialises nothing, what the mathematics takes.
+
+    Arguments are arrays or shapes. Nothing is compiled; counted for a CPU, wherever it will run.
+    """
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    gradient = jax.jit(jax.grad(loss_fn, has_aux=True))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return gradient.lower(trained, frozen, batch, keys).cost_analysis()["flops"]
 
 
 # --- The compiler's text --------------------------------------------------------------------------
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_KERNEL = re.compile(
+    r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"'
+)
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 # Asynchronous ones are counted where they start.
 _COLLECTIVE = re.compile(rf" = (?P<type>\(.*?\)|\S+) (?P<kind>{_KINDS})(?:-start)?\(")

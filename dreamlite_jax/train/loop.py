@@ -66,6 +66,7 @@ def fit(
     workdir: str | Path,
     meta: Mapping[str, Any] | None = None,
     check: Callable[[Mapping[str, Any]], None] = lambda saved: None,
+    flops_per_step: float | None = None,
 ) -> tuple[Any, bool]:
     """Trains from the latest checkpoint in `workdir`, or from the start, to the last step.
 
@@ -73,6 +74,8 @@ def fit(
       batches_from: step -> the batches of that step and all later ones, on the devices.
       meta: a JSON object saved with every checkpoint.
       check: is given the restored checkpoint's meta, and raises where it does not fit.
+      flops_per_step: of the model; where it is known, and the devices' peak, the share of it that
+        is used is logged.
 
     Returns:
       The state, and whether the last step was reached (False: asked to leave, and saved).
@@ -118,7 +121,7 @@ def fit(
                     jax.block_until_ready(found)
                     clock = Interval(done, time.monotonic())  # the first step was compiled
                 if due(done, schedule.log_every) or done == schedule.steps:
-                    _log(writer, schedule, done, window, clock)
+                    _log(writer, schedule, done, window, clock, flops_per_step)
                     window, clock = [], Interval(done, time.monotonic())
                 pause = time.monotonic()
                 if due(done, schedule.sample_every) or done == schedule.steps:
@@ -151,12 +154,26 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _log(writer: Writer, schedule: Schedule, step: int, window: list, clock: Interval) -> None:
+def _log(
+    writer: Writer,
+    schedule: Schedule,
+    step: int,
+    window: list,
+    clock: Interval,
+    flops_per_step: float | None,
+) -> None:
     """Writes the means over the steps since the last time, and a line to the console."""
     steps = _fetched(window)
     found = {name: _mean([one[name] for one in steps]) for name in steps[-1]}
     found |= {name: steps[-1][name] for name in ("skipped", "streak") if name in found}
-    rates = clock.rates(step, time.monotonic(), schedule.steps, schedule.batch_size)
+    rates = clock.rates(
+        step,
+        time.monotonic(),
+        schedule.steps,
+        schedule.batch_size,
+        flops_per_step,
+        metrics.peak_flops(),
+    )
     writer.write(step, {**found, **rates.metrics()})
     if jax.process_index() == 0:
         shown = {name: found[name] for name in ("loss", "grad_norm") if name in found}

@@ -6,6 +6,7 @@ in a leaf's path decides. A spec names a mesh axis or `-` for each of the *last*
 "fsdp,-" spreads the second to last, whatever its rank. An axis that cannot be divided stays whole.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.primitives import PLAIN, Primitives
+from dreamlite_jax.models.tpu import TPU
 from dreamlite_jax.train.optim import path_name
 
 AXES = ("data", "fsdp")
@@ -88,7 +90,10 @@ def rule_problems(rules: Sequence[Rule]) -> list[str]:
             re.compile(regex)
         except re.error as error:
             found.append(f"sharding: {regex!r} is no regex: {error}")
-        unknown = {name.strip() for name in spec.split(",")} - {*AXES, "-", ""}
+        names = [name.strip() for name in spec.split(",")]
+        if any(names.count(axis) > 1 for axis in AXES):
+            found.append(f"sharding: {spec!r} names an axis of the mesh more than once")
+        unknown = set(names) - {*AXES, "-", ""}
         if unknown:
             found.append(
                 f"sharding: {spec!r} names {', '.join(sorted(unknown))}; known are data, fsdp, -"
@@ -126,11 +131,13 @@ def gathered(tree: Any, mesh: Mesh) -> Any:
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
 
 
-def pinned(mesh: Mesh, ops: Primitives = PLAIN) -> Primitives:
-    """Primitives whose results keep their rows on their devices.
+def pinned(mesh: Mesh) -> Primitives:
+    """The primitives for a mesh's devices, whose results keep their rows on their devices.
 
-    Left alone, XLA lets the sharding of kernels spread into activations and moves those about.
+    Left alone, XLA lets the sharding of kernels spread into activations and moves those about; and
+    programs of our own it cannot divide at all.
     """
+    ops = TPU if mesh.devices.flat[0].platform == "tpu" else PLAIN
     if mesh.size == 1:
         return ops
     rows = NamedSharding(mesh, ROWS)
@@ -139,7 +146,23 @@ def pinned(mesh: Mesh, ops: Primitives = PLAIN) -> Primitives:
         def pinned_operation(x: Array, *args, **kw) -> Array:
             return jax.lax.with_sharding_constraint(operation(x, *args, **kw), rows)
 
-        return pinned_operation
+        return operation and pinned_operation
 
-    names = ("linear", "conv", "depthwise_conv")
-    return ops._replace(**{name: pin(getattr(ops, name)) for name in names})
+    def by_device(operation, arrays: int):
+        """On every device for its own rows of the first arguments and all of the others."""
+
+        def mapped(*args, **kw) -> Array:
+            specs = tuple(ROWS if i < arrays else PartitionSpec() for i in range(len(args)))
+            run = functools.partial(operation, **kw)
+            return jax.shard_map(
+                run, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False
+            )(*args)  # fmt: skip
+
+        return operation and mapped
+
+    pinned_ones = ("linear", "conv", "depthwise_conv", "geglu", "upsample_conv")
+    return ops._replace(
+        normed_attention=by_device(ops.normed_attention, 4),
+        norm_silu_depthwise=by_device(ops.norm_silu_depthwise, 1),
+        **{name: pin(getattr(ops, name)) for name in pinned_ones},
+    )

@@ -1,0 +1,87 @@
+"""`launch.aot_compile`: a small step compiled for a TPU slice that is not there."""
+
+import json
+import re
+import textwrap
+
+import commands
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+# One level, so that it compiles in seconds; spread over four chips, with kernels of our own.
+CONFIG = """
+    from configs import phase3_joint
+
+    def get_config():
+        config = phase3_joint.get_config().unlock()
+        config.unet = "nano"
+        config.overrides = {
+            "down_block_types": ("DreamLiteCrossAttnDownBlock2D",),
+            "up_block_types": ("DreamLiteUpBlock2D",),
+            "block_out_channels": (128,),
+            "layers_per_block": 1,
+            "transformer_layers_per_block": (1,),
+            "attention_head_dim": (2,),
+        }
+        config.image_size, config.batch_size, config.remat = 64, 8, "none"
+        return config.lock()
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "small.py"
+    file.write_text(textwrap.dedent(CONFIG))
+    return f"--config={file}"
+
+
+def compile_for(config, *flags):
+    return commands.run("aot_compile", config, *flags)
+
+
+def test_a_step_for_four_chips(config, tmp_path, capfd):
+    given = config, "--topology=v5e:2x2", f"--json={tmp_path / 'a.json'}"
+    assert compile_for(*given, "--hbm_gib=1") == 0
+    said = capfd.readouterr().out
+    assert "4 x TPU v5 lite, data 1 x fsdp 4, 2 rows each" in said
+    assert "all-gather" in said and "% of peak for the model's arithmetic" in said
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert 0 < figures["arguments"] < figures["arguments"] + figures["temporary"] < 2**30
+    # What is compiled does the model's arithmetic, here without doing any of it again.
+    assert figures["flops"] == pytest.approx(figures["model_flops"], rel=0.1)
+    assert len(figures["kernels"]) >= 8  # attention, norms and convolutions, there and back
+    assert 0 < figures["cycles_model_share"] < 1 and 0 < figures["roofline_model_share"] < 1
+    # No parameter is gathered more often than forward and backward need it.
+    parameters = int(said.split("parameters")[1].split()[0].replace(",", ""))
+    assert figures["collectives"]["all-gather"][1] <= 2 * 4 * parameters
+
+    assert compile_for(*given, "--hbm_gib=0.001") == 3
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: does not fit: 0.0 GiB a device of 0.0; lower batch_size")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (
+            ["--topology=v5e:3x"],
+            "--topology v5e:3x: .*; expected a kind and a shape such as v5e:4x4",
+        ),
+        (
+            ["--topology=h100:8"],
+            "--topology h100:8: .*; expected a kind and a shape such as v5e:4x4",
+        ),
+        (["--config.batch_size=6"], "batch_size 6 is no multiple of 16 devices x accumulation 1"),
+        (["--config.stage=autoencoder"], "the stage 'autoencoder' is not compiled here"),
+        (
+            ["--topology=v5e:2x2", "--config.unet=huge"],
+            "unet is 'huge', known are dreamlite, tiny, nano",
+        ),
+        (["--config.mesh.data=3"], "mesh.data=3 x mesh.fsdp=-1 does not fit 16 devices"),
+    ],
+)
+def test_wrong_use_ends_in_one_line(config, flags, said, capfd):
+    assert compile_for(config, *flags) == 2
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error")]
+    assert re.search(said, line), line

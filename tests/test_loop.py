@@ -1,0 +1,110 @@
+"""The loop: what it shows changes nothing, and what it says of its speed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dreamlite_jax import pretrained, system
+from dreamlite_jax.models import autoencoder, unet
+from dreamlite_jax.objectives import flow_matching
+from dreamlite_jax.train import loop, metrics, optim, stages
+from dreamlite_jax.train.state import new_state
+from dreamlite_jax.train.update import Mean, make_update
+
+TX = optax.adam(0.1)
+
+
+def loss_fn(params, frozen, batch, keys):
+    made = (batch["x"] * params["a"]).sum(-1) + jax.vmap(jax.random.normal)(keys)
+    losses = jnp.square(made - 1)
+    return losses.mean(), {"loss/all": Mean.of(losses)}
+
+
+def stage(predict_fns):
+    def init_fn(key):
+        return jax.jit(lambda: new_state({"a": jnp.zeros(2)}, TX))(), {}
+
+    return loop.Stage(init_fn, make_update(loss_fn, TX, 0.9), predict_fns=predict_fns)
+
+
+def batches_from(step):
+    while True:
+        yield {"x": jnp.float32(np.random.default_rng(step).standard_normal((4, 2)))}
+        step += 1
+
+
+def schedule(**kw):
+    return loop.Schedule(**{"steps": 6, "batch_size": 4, "log_every": 1, "sample_every": 2, **kw})
+
+
+def test_what_is_shown_changes_nothing(tmp_path):
+    """Evaluators see the state, at the steps that were asked for, and leave it as it is."""
+    seen = []
+
+    def predict(state, frozen, step):
+        seen.append((step, np.asarray(state.ema["a"]).tolist()))
+        made = jax.jit(lambda x: 2 * x)(state.params["a"])
+        return loop.Predictions({"val/a": made.sum()}, {"a": np.zeros((8, 8, 3), np.uint8)})
+
+    ends = []
+    for name, predict_fns in (("shown", {"a": predict}), ("not", {})):
+        state, done = loop.fit(stage(predict_fns), batches_from, schedule(), tmp_path / name)
+        assert done
+        lines = metrics.read_metrics(tmp_path / name, times=False)
+        ends.append((jax.device_get(state), [line for line in lines if "loss" in line]))
+    assert [step for step, _ in seen] == [2, 4, 6]
+    assert seen[-1][1] == np.asarray(state.ema["a"]).tolist()
+    assert ends[0][1] == ends[1][1]
+    jax.tree.map(np.testing.assert_array_equal, ends[0][0], ends[1][0])
+
+
+def test_the_share_of_the_peak_is_told_where_it_is_known(tmp_path, monkeypatch, capsys):
+    loop.fit(stage({}), batches_from, schedule(), tmp_path / "a", flops_per_step=1e9)
+    assert "mfu" not in capsys.readouterr().out  # of a CPU nothing is known
+    kind = jax.devices()[0].device_kind
+    monkeypatch.setitem(metrics.PEAK_FLOPS, kind, 1e12)
+    loop.fit(stage({}), batches_from, schedule(), tmp_path / "b", flops_per_step=1e9)
+    assert "mfu" in capsys.readouterr().out.splitlines()[-1]
+    for line in metrics.read_metrics(tmp_path / "b")[1:]:
+        peak = 1e12 * jax.device_count()
+        assert line["time/mfu"] == pytest.approx(1e9 * line["time/steps_per_second"] / peak)
+
+
+def test_a_network_learns_one_batch_by_heart():
+    """A U-Net of one level, generation and editing, always the same noise: it has to copy from what
+    it sees, and to tell the rows apart."""
+    rng, rows, side = np.random.default_rng(0), 4, 8
+    network = dataclasses.replace(
+        unet.NANO,
+        down_block_types=("DreamLiteCrossAttnDownBlock2D",),
+        up_block_types=("DreamLiteUpBlock2D",),
+        block_out_channels=(32,),
+        transformer_layers_per_block=(1,),
+        attention_head_dim=(2,),
+    )
+    config = system.Config(network, autoencoder.TINY, None)
+    batch = {
+        "target_latents": rng.standard_normal((rows, side, side, 4), np.float32),
+        "source_latents": rng.standard_normal((rows, side, side, 4), np.float32),
+        "has_source": np.array([False, False, True, True]),
+        "task": np.array([0, 0, 1, 1], np.int32),
+        "changed": np.ones((rows, side, side), bool),
+        "time_ids": np.full((rows, 2), 8 * side, np.float32),
+        "context": rng.standard_normal((rows, 3, network.context_dim), np.float32),
+        "context_mask": np.ones((rows, 3), bool),
+    }
+    steps = 400
+    tx = optim.make_tx(optim.Settings(lr=1e-2, schedule="cosine"), steps)
+    loss = stages.diffusion_loss(config, 3, flow_matching.Settings())
+    params = {"unet": pretrained.init_params(pretrained.UNET, network, 0)}
+    state = jax.jit(lambda params: new_state(params, tx))(params)
+    update, key = jax.jit(make_update(loss, tx, 0.9, clip=1.0)), jax.random.key(0)
+    losses = []
+    for _ in range(steps):
+        state, found = update(state, {}, batch, key)
+        losses.append(float(found["loss"]))
+    assert losses[0] > 1 and losses[-1] < 0.02, losses[:: steps // 10]
