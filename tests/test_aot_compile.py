@@ -52,9 +52,9 @@ def test_a_step_for_four_chips(config, tmp_path, capfd):
     assert figures["flops"] == pytest.approx(figures["model_flops"], rel=0.1)
     assert len(figures["kernels"]) >= 8  # attention, norms and convolutions, there and back
     assert 0 < figures["cycles_model_share"] < 1 and 0 < figures["roofline_model_share"] < 1
-    # No parameter is gathered more often than forward and backward need it.
+    # Parameters are gathered in half precision, no more often than forward and backward need them.
     parameters = int(said.split("parameters")[1].split()[0].replace(",", ""))
-    assert figures["collectives"]["all-gather"][1] <= 2 * 4 * parameters
+    assert 0 < figures["collectives"]["all-gather"][1] < 2 * 2 * parameters
 
     assert compile_for(*given, "--hbm_gib=0.001") == 3
     error = capfd.readouterr().err.splitlines()[-1]

@@ -28,11 +28,21 @@ HloModule jit_step, is_scheduled=true
   %fusion.3 = s32[] fusion(%p), kind=kLoop, backend_config={"estimated_cycles":"1000"}
 }
 
+%all-reduce-scatter.1 (p: f32[8]) -> f32[2] {
+  %ar = (f32[8]{0:T(8)}, f32[4]{0:T(8)S(1)}) all-reduce(%p, %q), channel_id=7
+}
+
+%spread (p: bf16[2,16]) -> bf16[8,16] {
+  %ag.3 = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=9, dimensions={0}
+}
+
 ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
   %fusion.4 = bf16[8,128]{1,0} fusion(%a), kind=kOutput, backend_config={"estimated_cycles":"100"}
   %ag = (bf16[2,16]{1,0}, bf16[8,16]{1,0}) all-gather-start(%b), dimensions={0}
   %agd = bf16[8,16]{1,0} all-gather-done(%ag)
-  %rs = f32[2]{0} reduce-scatter(%c), dimensions={0}
+  %f.1 = f32[2] fusion(%c), kind=kCustom, calls=%all-reduce-scatter.1
+  %f.2 = bf16[8,16] fusion(%c), kind=kCustom, calls=%spread
+  %f.3 = bf16[8,16] fusion(%c), kind=kCustom, calls=%spread
   %w = (s32[]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
 }
 """
@@ -40,7 +50,7 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
 
 def test_the_text_of_a_program():
     """Loops count as often as they run (once where that is not known), starts without their dones,
-    of a tuple the largest part."""
+    of their tuple the largest part; one that is spread over fusions counts once."""
     memory = types.SimpleNamespace(
         argument_size_in_bytes=100,
         temp_size_in_bytes=20,
@@ -55,8 +65,8 @@ def test_the_text_of_a_program():
     found = costs.of(compiled)
     assert found.cycles == 100 + 5 * (10 + 1)
     assert found.collectives == {
-        "all-gather": (1, 8 * 16 * 2),
-        "reduce-scatter": (1, 2 * 4),
+        "all-gather": (2, 2 * 8 * 16 * 2),
+        "reduce-scatter": (1, 12 * 4),
         "all-reduce": (5, 5 * 4 * 4 * 4),
     }
     assert found.memory == 100 + 20 + 10

@@ -34,6 +34,25 @@ def norm_silu_depthwise(
     return fused_depthwise.norm_silu_depthwise(x, scale, bias, kernel, groups=groups, eps=eps)
 
 
+def group_norm(x: Array, scale: Array, bias: Array, *, groups: int, eps: float) -> Array:
+    """`primitives.group_norm` by `fused_depthwise.group_moments`."""
+    mean, variance = fused_depthwise.group_moments(x, groups)
+    factor = lax.rsqrt(variance + eps) * scale
+    centred = x.astype(jnp.float32) - mean[:, None, None, :]
+    return (centred * factor[:, None, None, :] + bias).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float) -> Array:
+    """`primitives.layer_norm`, in bfloat16 by one pass."""
+    if x.dtype != jnp.bfloat16:
+        return primitives.layer_norm(x, scale, bias, eps=eps)
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, -1, keepdims=True)
+    square = jnp.mean(jnp.square(x32), -1, keepdims=True)
+    inverse = lax.rsqrt(fused_depthwise.one_pass_variance(square, mean) + eps)
+    return ((x32 - mean) * inverse * scale + bias).astype(x.dtype)
+
+
 def linear(x: Array, kernel: Array) -> Array:
     """`primitives.linear` without its reshapes, through which XLA fuses nothing here."""
     return primitives.contract("...i,io->...o", x, kernel)
@@ -83,6 +102,8 @@ def upsample_conv(x: Array, kernel: Array) -> Array:
 
 
 TPU = PLAIN._replace(
+    group_norm=group_norm,
+    layer_norm=layer_norm,
     linear=linear,
     normed_attention=normed_attention,
     norm_silu_depthwise=norm_silu_depthwise,

@@ -67,15 +67,23 @@ def of(compiled: Any) -> Costs:
     """The costs of a `jax.stages.Compiled` for a TPU."""
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     computations = dict(_computations(compiled.as_text()))
-    cycles, kernels, collectives = 0.0, [], {}
-    for line, times in _instructions(computations):
+    cycles, kernels, collectives, seen = 0.0, [], {}, set()
+    for line, times, within in _instructions(computations):
         if found := _CYCLES.search(line):
             cycles += times * int(found[1])
         if found := _KERNEL.search(line):
             kernels.append((times, float(found[1]), float(found[2])))
         if found := _COLLECTIVE.search(line):
-            count, size = collectives.get(found["kind"], (0.0, 0.0))
-            collectives[found["kind"]] = (count + times, size + times * _bytes(found["type"]))
+            # One that overlaps with arithmetic stands in every fusion that it is spread over.
+            channel = _CHANNEL.search(line)
+            if channel and channel[0] in seen:
+                continue
+            seen.add(channel and channel[0])
+            kind = "reduce-scatter" if "reduce-scatter" in within else found["kind"]
+            sizes = _sizes(found["type"])
+            size = max(sizes) if found["start"] else sum(sizes)  # a start has its operand beside it
+            count, total = collectives.get(kind, (0.0, 0.0))
+            collectives[kind] = (count + times, total + times * size)
     return Costs(
         arguments=memory.argument_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
@@ -109,7 +117,9 @@ _KERNEL = re.compile(
 )
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 # Asynchronous ones are counted where they start.
-_COLLECTIVE = re.compile(rf" = (?P<type>\(.*?\)|\S+) (?P<kind>{_KINDS})(?:-start)?\(")
+_COLLECTIVE = re.compile(rf" = (?P<type>\(.*?\)|\S+) (?P<kind>{_KINDS})(?P<start>-start)?\(")
+_CHANNEL = re.compile(r"channel_id=\d+")
+_FUSION = re.compile(r" fusion\(.*calls=%([\w.\-]+)")
 _LOOP = re.compile(r" while\(.*body=%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
@@ -131,21 +141,24 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 def _instructions(
     computations: Mapping[str, list[str]], name: str = "", times: float = 1
-) -> Iterator[tuple[str, float]]:
-    """Every instruction that runs, and how often; a loop whose trips are not known runs once."""
+) -> Iterator[tuple[str, float, str]]:
+    """Every instruction that runs, those within fusions too, how often, and the computation that it
+    is in; a loop whose trips are not known runs once."""
     for line in computations[name]:
-        yield line, times
+        yield line, times, name
+        if fusion := _FUSION.search(line):
+            yield from _instructions(computations, fusion[1], times)
         if loop := _LOOP.search(line):
             trips = _TRIPS.search(line)
             yield from _instructions(computations, loop[1], times * (int(trips[1]) if trips else 1))
 
 
-def _bytes(types: str) -> int:
-    """Of an array type such as bf16[8,128]{1,0}, or the largest of a tuple of them."""
-    sizes = [0]
+def _sizes(types: str) -> list[int]:
+    """Bytes of the arrays in a type such as bf16[8,128]{1,0} or a tuple of them."""
+    sizes = []
     for kind, bits, shape in _ARRAY.findall(types):
         size = 1 if kind == "pred" else int(bits) / 8
         for side in filter(None, shape.split(",")):
             size *= int(side)
         sizes.append(int(size))
-    return max(sizes)
+    return sizes

@@ -132,19 +132,28 @@ def gathered(tree: Any, mesh: Mesh) -> Any:
 
 
 def pinned(mesh: Mesh) -> Primitives:
-    """The primitives for a mesh's devices, whose results keep their rows on their devices.
+    """The primitives for a mesh: every device gathers a kernel whole and applies it to its rows.
 
-    Left alone, XLA lets the sharding of kernels spread into activations and moves those about; and
-    programs of our own it cannot divide at all.
+    Left alone, XLA lets the sharding of kernels spread into activations and moves those about; or
+    it sends a kernel's parts round and multiplies by each as it comes, a few channels at a time,
+    which reads and writes the results as often. Programs of our own it cannot divide at all.
     """
     ops = TPU if mesh.devices.flat[0].platform == "tpu" else PLAIN
     if mesh.size == 1:
         return ops
-    rows = NamedSharding(mesh, ROWS)
+    rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
+
+    @jax.custom_vjp
+    def whole(kernel: Array) -> Array:
+        return jax.lax.with_sharding_constraint(kernel, everywhere)
+
+    # The gradient is not gathered: what it is summed into is spread as the kernel is.
+    whole.defvjp(lambda kernel: (whole(kernel), None), lambda _, gradient: (gradient,))
 
     def pin(operation):
-        def pinned_operation(x: Array, *args, **kw) -> Array:
-            return jax.lax.with_sharding_constraint(operation(x, *args, **kw), rows)
+        def pinned_operation(x: Array, kernel: Array, *args) -> Array:
+            y = operation(x, whole(kernel), *args)
+            return jax.lax.with_sharding_constraint(y, rows)
 
         return operation and pinned_operation
 
@@ -160,9 +169,9 @@ def pinned(mesh: Mesh) -> Primitives:
 
         return operation and mapped
 
-    pinned_ones = ("linear", "conv", "depthwise_conv", "geglu", "upsample_conv")
+    of_kernels = ("linear", "conv", "depthwise_conv", "geglu", "upsample_conv")
     return ops._replace(
         normed_attention=by_device(ops.normed_attention, 4),
         norm_silu_depthwise=by_device(ops.norm_silu_depthwise, 1),
-        **{name: pin(getattr(ops, name)) for name in pinned_ones},
+        **{name: pin(getattr(ops, name)) for name in of_kernels},
     )
