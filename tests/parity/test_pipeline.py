@@ -64,7 +64,8 @@ def processor():
 
 @pytest.fixture(scope="module", params=KINDS)
 def saved(request, processor, tmp_path_factory):
-    """(pipeline of random torch components, the directory that its save_pretrained wrote)."""
+    """(pipeline of random torch components, the directory that its save_pretrained wrote); the
+    mobile one's weights in several files each."""
     config = tiny.config()
     encoder = transformers.Qwen3VLConfig.from_dict(config.text_encoder.to_dict())
     pipe = KINDS[request.param](
@@ -79,7 +80,9 @@ def saved(request, processor, tmp_path_factory):
     )
     pipe.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp(request.param) / "model"
-    pipe.save_pretrained(folder)
+    mobile = request.param == "mobile"
+    pipe.save_pretrained(folder, **({"max_shard_size": "300KB"} if mobile else {}))
+    assert len(list(folder.glob("*/*.safetensors.index.json"))) == (3 if mobile else 0)
     return pipe, folder
 
 
