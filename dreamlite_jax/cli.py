@@ -5,6 +5,7 @@ Anything else is a fault of ours and shows its traceback.
 """
 
 import logging as std_logging
+import os
 import re
 import sys
 import traceback
@@ -35,6 +36,8 @@ def run(main: Callable[[], Any], argv: list[str] | None = None) -> None:
     def guarded(_):
         # What JAX reports of accelerators that are not there.
         std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)
+        # What transformers says wherever PyTorch is not installed, which nothing here needs.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:

@@ -3,6 +3,7 @@
 Shapes: N pictures, H and W pixels, h and w latent pixels, c latent channels.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -53,7 +54,8 @@ def resolve(settings: Settings, config: Config, source: Image.Image | None = Non
     a multiple that the networks can take, or the model's own.
 
     Raises:
-      SettingsError: a size that is no multiple of `config.pixel_multiple`, less than one step, ...
+      SettingsError: a size that is no multiple of `config.pixel_multiple`, less than one step, a
+        guidance that is no finite number, ...
     """
     height, width, multiple = settings.height, settings.width, config.pixel_multiple
     if height is None and width is None and source is not None:
@@ -74,6 +76,12 @@ def resolve(settings: Settings, config: Config, source: Image.Image | None = Non
     for name, value in (("steps", settings.steps), ("batch size", settings.batch_size)):
         if value < 1:
             problems.append(f"{name} is {value}, should be at least 1")
+    for name, value in (
+        ("guidance", settings.guidance),
+        ("image guidance", settings.image_guidance),
+    ):
+        if not math.isfinite(value):
+            problems.append(f"{name} is {value}, should be a finite number")
     if settings.method not in sampling.METHODS:
         problems.append(
             f"method is {settings.method!r}, supported are {' and '.join(sampling.METHODS)}"

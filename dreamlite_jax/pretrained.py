@@ -217,6 +217,7 @@ def read(
                 if not np.isfinite(parameter).all():
                     bad.append(row.name)
                 params[row.path] = put(row.path, parameter)
+                del parameter  # or it would be held, too, while the next one is read
     if bad:
         raise ModelDirectoryError(f"{folder}: not a number or infinite: {', '.join(bad)}")
     return config, unflatten_dict(params)

@@ -30,6 +30,7 @@ from dreamlite_jax.diffusion import sampling
 
 NOTE = "dreamlite_jax"  # the PNG's text chunk with the settings, as JSON
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+SEEDS = 2**32  # JAX takes the last 32 bits of a seed
 
 MODEL = flags.DEFINE_string("model", None, "model directory (diffusers layout)", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "what to draw, or how to edit --image")
@@ -48,7 +49,11 @@ IMAGE_GUIDANCE = flags.DEFINE_float(
 )
 METHOD = flags.DEFINE_enum("method", "euler", sampling.METHODS, "sampler")
 SEED = flags.DEFINE_integer(
-    "seed", 0, "of the first picture of each prompt; the next ones count on"
+    "seed",
+    0,
+    "of the first picture of each prompt; the next ones count on",
+    lower_bound=0,
+    upper_bound=SEEDS - 1,
 )
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "pictures for each prompt", lower_bound=1)
 NOISE = flags.DEFINE_string(
@@ -66,7 +71,9 @@ def main() -> None:
     if RESIZE_BACK.value and source is None:
         raise cli.CommandError("--resize_back needs --image")
     files = out_files(OUT.value, len(prompts) * NUM_IMAGES.value)
-    check_places([*files[:1], *filter(None, [LATENTS.value, SHEET.value])])
+    if SHEET.present and Path(SHEET.value).suffix.lower() != ".png":
+        raise cli.CommandError(f"--contact_sheet={SHEET.value}: should end in .png")
+    check_places([*files, *filter(None, [LATENTS.value, SHEET.value])])
     dtype = DTYPES[DTYPE.value or ("bfloat16" if jax.default_backend() == "tpu" else "float32")]
     config = system.read_config(MODEL.value, dtype)
     settings = generation.resolve(
@@ -84,13 +91,9 @@ def main() -> None:
         config,
         source,
     )
-    if config.mobile and (GUIDANCE.value, IMAGE_GUIDANCE.value) != (None, None):
-        cli.warn(
-            "--guidance and --image_guidance are ignored by a mobile model, because "
-            "classifier-free guidance was distilled away"
-        )
+    warn_of_unused(config.mobile, source is not None)
     requests = [prompt for prompt in prompts for _ in range(NUM_IMAGES.value)]
-    seeds = [SEED.value + i for _ in prompts for i in range(NUM_IMAGES.value)]
+    seeds = [(SEED.value + i) % SEEDS for _ in prompts for i in range(NUM_IMAGES.value)]
     noise, origins = initial_noise(config, settings, seeds, NOISE.value)
     model = system.load(MODEL.value, dtype, param_dtype=dtype)
     size = source.size[::-1] if RESIZE_BACK.value else None
@@ -127,9 +130,24 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
     return found
 
 
+def warn_of_unused(mobile: bool, editing: bool) -> None:
+    """Says which flags were given to no effect."""
+    if mobile and (GUIDANCE.present or IMAGE_GUIDANCE.present or NEGATIVE.present):
+        cli.warn(
+            "--guidance, --image_guidance and --negative_prompt are ignored by a mobile model, "
+            "because classifier-free guidance was distilled away"
+        )
+    elif IMAGE_GUIDANCE.present and not editing:
+        cli.warn("--image_guidance is ignored without --image")
+    if NOISE.present and SEED.present:
+        cli.warn("--seed is ignored, because --noise is given")
+
+
 def out_files(out: str, n: int) -> list[Path]:
     """The files of n pictures."""
     path = Path(out)
+    if path.suffix.lower() in Image.registered_extensions().keys() - {".png"}:
+        raise cli.CommandError(f"--out={out}: pictures are written as PNG, name it {path.stem}.png")
     if path.suffix.lower() != ".png":
         return [path / f"{i:03d}.png" for i in range(n)]
     return [path] if n == 1 else [path.with_stem(f"{path.stem}-{i:03d}") for i in range(n)]
@@ -138,6 +156,8 @@ def out_files(out: str, n: int) -> list[Path]:
 def check_places(files: Sequence[str | os.PathLike]) -> None:
     """Refuses files that cannot be written, before hours are spent on what they would hold."""
     for file in files:
+        if Path(file).is_dir():
+            raise cli.CommandError(f"{file}: is a folder, should be a file")
         folder = next(parent for parent in Path(file).absolute().parents if parent.exists())
         if not folder.is_dir():
             raise cli.CommandError(f"{file}: {folder} is not a folder")

@@ -1,6 +1,7 @@
 """`launch.sample` as people type it: files, reproducibility, compilations and errors."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def boats(models, tmp_path_factory):
 
 def compilations():
     functions = (system.encode_texts, system.sample_latents, system.decode_latents)
-    return [function._cache_size() for function in functions]
+    return [function._cache_size() for function in (*functions, system.encode_pictures)]
 
 
 def notes(file):
@@ -78,7 +79,28 @@ def test_files_and_notes(boats, models):
 
 def test_one_compilation_serves_all(boats):
     """Two prompts of one bucket and six pictures in three batches: each function compiled once."""
-    assert boats[1] == [1, 1, 1]
+    assert boats[1] == [1, 1, 1, 0]
+
+
+def test_edits_share_a_compilation_too(models, tmp_path):
+    """However many pictures, and whatever the prompt, the guidance and the shape of the source."""
+    counts = [compilations()]
+    for i, (prompt, size, n) in enumerate((("a hat", (40, 75), 3), ("two blue hats", (90, 30), 1))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{i}.png")
+        code = run(
+            "sample",
+            f"--model={models['mobile']}",
+            f"--prompt={prompt}",
+            f"--image={tmp_path / f'{i}.png'}",
+            *SIZE,
+            f"--num_images={n}",
+            "--batch_size=2",
+            f"--out={tmp_path / 'out'}",
+        )
+        assert code == 0
+        counts.append(compilations())
+    first, second = np.diff(counts, axis=0).tolist()
+    assert first[1] == 1 and max(first) == 1 and second == [0, 0, 0, 0]
 
 
 def test_pictures_follow_prompt_and_seed(boats):
@@ -88,8 +110,9 @@ def test_pictures_follow_prompt_and_seed(boats):
             assert np.abs(a - b).max() > 5
 
 
-def test_a_note_makes_its_picture_again(boats, tmp_path):
-    """Alone, from its own prompt and seed, whatever was beside it in the batch."""
+def test_a_note_makes_its_picture_again(boats, tmp_path, capsys):
+    """Alone, from its own prompt and seed, whatever was beside it in the batch; what is given to no
+    effect is named."""
     folder, _ = boats
     note = notes(folder / "out" / "004.png")
     code = run(
@@ -99,34 +122,45 @@ def test_a_note_makes_its_picture_again(boats, tmp_path):
         f"--seed={note['seed']}",
         "--batch_size=2",
         *(f"--{key}={note[key]}" for key in ("height", "width", "steps", "guidance")),
+        "--image_guidance=2",
         f"--out={tmp_path / 'again.png'}",
     )
     assert code == 0
+    assert "warning: --image_guidance is ignored without --image" in capsys.readouterr().err
     a, b = (
         np.asarray(Image.open(f), int) for f in (folder / "out/004.png", tmp_path / "again.png")
     )
     assert np.abs(a - b).max() <= 1
 
 
+WITHOUT_TORCH = """
+import importlib.util, runpy
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+runpy.run_module("launch.sample", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_mobile_edit_in_a_process_of_its_own(models, tmp_path):
-    """Four steps, no guidance, a warning where it is asked for; the size is the source's, and the
-    result goes back to it."""
+    """Four steps, no guidance, a warning where it is asked for and nothing else, where there is no
+    PyTorch; the size is the source's, and the result goes back to it."""
     noise = np.random.default_rng(0).integers(0, 255, (75, 40, 4), dtype=np.uint8)
     Image.fromarray(noise, "RGBA").save(tmp_path / "source.png")
     arguments = [
         f"--model={models['mobile']}",
         "--prompt=a hat",
         "--guidance=2",
+        "--negative_prompt=ugly",
         f"--image={tmp_path / 'source.png'}",
         "--resize_back",
         f"--out={tmp_path / 'new' / 'edited.png'}",
         f"--contact_sheet={tmp_path / 'sheet.png'}",
     ]
-    command = [sys.executable, "-m", "launch.sample", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}  # accelerators' drivers talk, too
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1 and "--guidance" in warnings[0]
+    assert re.fullmatch("warning: --guidance, .*--negative_prompt are ignored.*\n", done.stderr)
     assert Image.open(tmp_path / "new" / "edited.png").size == (40, 75)
     note = notes(tmp_path / "new" / "edited.png")
     assert (note["height"], note["width"], note["steps"]) == (64, 32, 4)
@@ -180,7 +214,12 @@ def _flags(models, tmp_path):
         "bad image": ([model, prompt, f"--image={tmp_path / 'text.png'}"], "readable picture"),
         "odd size": ([model, prompt, "--height=40"], "height 40 .* 32 and 64"),
         "no steps": ([model, prompt, "--steps=0"], "steps is 0"),
-        "long prompt": ([model, f"--prompt={'boat ' * 300}", *SIZE], r"\d+ tokens, .* 200"),
+        "no guidance": ([model, prompt, "--guidance=nan"], "guidance is nan"),
+        "no seed": ([model, prompt, "--seed=-1"], r"seed.*\[0, 4294967295\]"),
+        "no PNG": ([model, prompt, f"--out={tmp_path / 'boat.JPG'}"], "name it boat.png"),
+        "no PNG sheet": ([model, prompt, "--contact_sheet=a.jpg"], "should end in .png"),
+        "a folder": ([model, prompt, f"--latents={tmp_path}"], "is a folder"),
+        "long prompt": ([model, f"--prompt={'boat ' * 300}", *SIZE], r"9\d\d tokens, .* 200"),
         "noise": ([model, prompt, *SIZE, f"--noise={tmp_path / 'noise.npy'}"], r"\[1, 4, 8, 4\]"),
         "bad noise": ([model, prompt, f"--noise={tmp_path / 'text.png'}"], "readable .npy"),
         "no folder": ([model, prompt, *SIZE, f"--latents={tmp_path}/text.png/a"], "not a folder"),

@@ -57,6 +57,20 @@ def test_crops_keep_as_much_as_they_can():
     assert transforms.crop_to(300, 200, (128, 192)) == pytest.approx((0, 0, 1, 1))
 
 
+def test_captions_of_a_sheet_are_readable(monkeypatch):
+    """Without a font that knows their letters, these lose their accents, never become boxes."""
+
+    def sheet(caption):
+        return np.asarray(pictures.contact_sheet([[Image.new("RGB", (8, 8))]], [caption]))
+
+    captions = ("a red boat", "ein grünes Boot — joli", "一只船 é")
+    for text, font in map(pictures._readable, captions):
+        assert pictures._knows(font, text)
+    monkeypatch.setattr(pictures, "_FONTS", ("no such font.ttf",))
+    np.testing.assert_array_equal(sheet(captions[1]), sheet("ein grunes Boot ? joli"))
+    np.testing.assert_array_equal(sheet(captions[2]), sheet("??? e"))
+
+
 def test_fitted_shows_the_crop():
     pixels = np.zeros((100, 300, 3), np.uint8)
     pixels[:, 100:200] = 255  # the middle third

@@ -6,6 +6,7 @@ gives float32 [H, W, 3] in [-1, 1].
 
 import contextlib
 import os
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -105,10 +106,11 @@ def contact_sheet(
     width = _MARGIN + columns * (cell + _MARGIN)
     height = _MARGIN + len(rows) * (_LINE + cell + _MARGIN)
     sheet = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(sheet)
     for i, (row, caption) in enumerate(zip(rows, captions, strict=True)):
         top = _MARGIN + i * (_LINE + cell + _MARGIN)
-        draw.text((_MARGIN, top), _fitted(draw, caption, font, width - 2 * _MARGIN), "black", font)
+        text, font = _readable(caption)
+        draw.text((_MARGIN, top), _fitted(draw, text, font, width - 2 * _MARGIN), "black", font)
         for j, picture in enumerate(row):
             thumbnail = _thumbnail(picture, cell)
             left = _MARGIN + j * (cell + _MARGIN) + (cell - thumbnail.width) // 2
@@ -125,6 +127,32 @@ def _thumbnail(picture: np.ndarray | Image.Image, cell: int) -> Image.Image:
         return image.resize(size, Image.Resampling.NEAREST)
     size = [max(1, side * cell // longest) for side in image.size]
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+# Fonts that a machine may have, those with the most characters first. Pillow's own knows ASCII.
+_FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "DejaVuSans.ttf", "Arial.ttf")
+_FONT_SIZE = 13
+
+
+def _readable(text: str) -> tuple[str, ImageFont.FreeTypeFont]:
+    """The text and a font for it; where no font knows the text's characters, letters lose their
+    accents and what is left becomes a question mark."""
+    if not text.isascii():
+        for name in _FONTS:
+            with contextlib.suppress(OSError):
+                font = ImageFont.truetype(name, _FONT_SIZE)
+                if _knows(font, text):
+                    return text, font
+        plain = unicodedata.normalize("NFKD", text)
+        plain = "".join(c for c in plain if not unicodedata.combining(c))
+        text = plain.encode("ascii", "replace").decode()
+    return text, ImageFont.load_default(_FONT_SIZE)
+
+
+def _knows(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    """Whether no character of the text is drawn as the box that stands for unknown ones."""
+    box = bytes(font.getmask("\uffff"))
+    return all(bytes(font.getmask(c)) != box for c in set(text) if not c.isspace())
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, font, width: int) -> str:

@@ -137,7 +137,7 @@ def prompt_inputs(
             drop = getattr(prompter.drop, mode)
             raise PromptError(
                 f"the prompt {_short(texts[i])} takes {len(row) - drop} tokens, the limit is "
-                f"{most - drop}; shorten it, or let it be cut"
+                f"{most - drop}; shorten it, or let it be cut (truncate)"
             )
         rows[i] = row[:most]
     return qwen_inputs({**_padded(rows), **pixels}, **prompter.numbers, **buckets)

@@ -37,6 +37,9 @@ def processor():
 
     torchvision is needed for its video processor alone, which no picture touches: a stand-in takes
     that one's place, and the check of its type is left out while the processor is constructed.
+
+    It pads prompts on the left, so the edits are compared with that; a pipeline's tokenizer, which
+    text to image uses, pads on the right.
     """
     from transformers.video_processing_utils import BaseVideoProcessor
 
@@ -57,14 +60,17 @@ def processor():
             image_std=[0.5] * 3,
             size={"shortest_edge": 65536, "longest_edge": 16777216},
         )
+        tokenizer = tiny.tokenizer()
+        tokenizer.padding_side = "left"
         return transformers.Qwen3VLProcessor(
-            image_processor=images, tokenizer=tiny.tokenizer(), video_processor=NoVideos()
+            image_processor=images, tokenizer=tokenizer, video_processor=NoVideos()
         )
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def saved(request, processor, tmp_path_factory):
-    """(pipeline of random torch components, the directory that its save_pretrained wrote)."""
+    """(pipeline of random torch components, the directory that its save_pretrained wrote); the
+    mobile one's U-Net and encoder in several files each."""
     config = tiny.config()
     encoder = transformers.Qwen3VLConfig.from_dict(config.text_encoder.to_dict())
     pipe = KINDS[request.param](
@@ -79,7 +85,9 @@ def saved(request, processor, tmp_path_factory):
     )
     pipe.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp(request.param) / "model"
-    pipe.save_pretrained(folder)
+    mobile = request.param == "mobile"
+    pipe.save_pretrained(folder, **({"max_shard_size": "300KB"} if mobile else {}))
+    assert len(list(folder.glob("*/*.safetensors.index.json"))) == (2 if mobile else 0)
     return pipe, folder
 
 

@@ -80,10 +80,15 @@ VARIANTS = {
 
 
 def load(model, config, tmp_path):
-    """Our parameters from the directory that diffusers writes."""
+    """Our parameters from the directory that diffusers writes; each is its tensor, bit for bit."""
     model.save_pretrained(tmp_path / "unet")
     read_config, params = pretrained.read(tmp_path, pretrained.UNET)
     assert read_config == config
+    theirs, ours = model.state_dict(), flatten_dict(params)
+    for row in pretrained.tensor_table(params):
+        tensor = row.to_file(ours[row.path])
+        np.testing.assert_array_equal(tensor, theirs.pop(row.name), err_msg=row.name)
+    assert not theirs
     return params
 
 
@@ -136,21 +141,23 @@ def test_without_mask(tmp_path):
 
 
 def test_gradients(tmp_path):
-    """Of a random projection of the output, by every parameter and by the input."""
+    """Of a random projection of the output, by every parameter and by both inputs that carry
+    gradients in training: the latents, and the text features of an encoder that learns."""
     config = dataclasses.replace(SMALL, transformer_layers_per_block=(1, 1, 2))
     model = reference_model(config)
     params = load(model, config, tmp_path)
     inputs = unet_inputs(config, 2, 8, 8, 5)
     weights = np.random.default_rng(2).standard_normal((2, 8, 8, 4)).astype(np.float32)
 
-    def loss(params, latents):
-        output = UNet(config).apply({"params": params}, **{**inputs, "latents": latents})
+    def loss(params, changed):
+        output = UNet(config).apply({"params": params}, **{**inputs, **changed})
         return jnp.sum(output * weights)
 
-    by_params, by_latents = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, inputs["latents"])
+    learnt = {name: inputs[name] for name in ("latents", "context")}
+    by_params, by_inputs = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, learnt)
 
-    latents = torch.tensor(inputs["latents"], requires_grad=True)
-    (run_unet(model, {**inputs, "latents": latents}) * torch.tensor(weights)).sum().backward()
+    tensors = {name: torch.tensor(value, requires_grad=True) for name, value in learnt.items()}
+    (run_unet(model, {**inputs, **tensors}) * torch.tensor(weights)).sum().backward()
     theirs = {name: p.grad.numpy() for name, p in model.named_parameters()}
     ours = flatten_dict(by_params)
     for row in pretrained.tensor_table(params):
@@ -158,8 +165,9 @@ def test_gradients(tmp_path):
         error = np.linalg.norm(ours_here - theirs_here) / np.linalg.norm(theirs_here)
         assert error < 1e-3, (row.name, error)
     assert not theirs
-    error = np.linalg.norm(by_latents - latents.grad.numpy()) / latents.grad.norm()
-    assert error < 1e-3
+    for name, tensor in tensors.items():
+        error = np.linalg.norm(by_inputs[name] - tensor.grad.numpy()) / tensor.grad.norm()
+        assert error < 1e-3, (name, error)
 
 
 def test_bfloat16_is_as_near_as_pytorch(tmp_path):
