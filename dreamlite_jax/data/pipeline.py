@@ -423,6 +423,9 @@ def description(recipe: Recipe) -> dict[str, Any]:
     out |= {f"dropout.{name}": rate for name, rate in recipe.dropout._asdict().items()}
     if recipe.prompter or recipe.precomputed:
         out["text_length"] = recipe.length
+    if recipe.prompter and not recipe.precomputed:
+        out["prompts"] = prompts.fingerprint(recipe.prompter)
+    out["streams"] = [name for name, *_ in recipe.streams]  # whose order decides, too
     for name, source, weight in recipe.streams:
         out[f"streams.{name}.weight"] = weight
         out[f"streams.{name}.data"] = source.fingerprint
