@@ -24,11 +24,13 @@ def define() -> Callable[[], None]:
 
     def connect() -> None:
         given = (coordinator.value, processes.value, process.value)
+        # Where there is no TPU, libtpu leaves a sentence there for whoever inherits it.
+        hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
         if any(value is not None for value in given):
             if any(value is None for value in given):
                 raise cli.CommandError("--coordinator, --processes and --process go together")
             jax.distributed.initialize(*given)
-        elif os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
+        elif "," in hosts and " " not in hosts:
             jax.distributed.initialize()  # a TPU pod's environment says the rest
 
     return connect
