@@ -25,7 +25,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
-from dreamlite_jax import pretrained, system
+from dreamlite_jax import cli, pretrained, system
 from dreamlite_jax.data import pipeline
 from dreamlite_jax.data.mixture import EDIT
 from dreamlite_jax.data.prompts import DropCounts
@@ -36,7 +36,6 @@ from dreamlite_jax.train import costs, loop, sharding, stages
 from dreamlite_jax.train.metrics import PEAK_FLOPS
 from dreamlite_jax.train.state import new_state
 from dreamlite_jax.train.update import make_update
-from launch import cli
 
 DOES_NOT_FIT = 3
 
