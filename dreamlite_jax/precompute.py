@@ -40,15 +40,9 @@ def made_with(model_dir: str | os.PathLike, config: system.Config, **settings: A
     """All that decides what the outputs are, as JSON values: the encoders' files, how prompts are
     written, and further settings. Reads every byte of the encoders' weights."""
     folder = Path(model_dir)
-    texts = [
-        prompts.templated(mode, text)
-        for mode in prompts.MODES
-        for text in (NULL, prompts.tagged(mode, NULL))
-    ]
-    rules = [texts, list(config.drop), prompts.MAX_TOKENS, prompts.IMAGE_SIDE]
     return {
         **{name: _digest(folder / name) for name in ("vae", "text_encoder", "tokenizer")},
-        "prompts": pipeline.digest(rules),
+        "prompts": pipeline.digest(prompts.rules(config.drop)),
         "pixel_multiple": config.pixel_multiple,
         **settings,
     }

@@ -3,8 +3,12 @@
     python -m launch.precompute --data=SET --model=DIR --image_size=256
 
 Writes SET/precomputed-256/, shard by shard beside the records; run again after an interruption, it
-goes on. Every process of a pod encodes shards of its own on its own devices. Training takes the
-outputs where they are there, and refuses those of other encoders. Crops are the middle, not random.
+goes on. Training takes the outputs where they are there, and refuses those of other encoders. Crops
+are the middle, not random.
+
+On a TPU pod, start it on every host; elsewhere several processes find each other by
+--coordinator=HOST:PORT --processes=N --process=I. Each encodes shards of its own on all its
+devices, so that a pod needs as many shards as hosts.
 """
 
 import contextlib
@@ -25,6 +29,7 @@ from dreamlite_jax.data.pipeline import MODES, differences
 from dreamlite_jax.data.records import PreparedSet
 from dreamlite_jax.data.shards import NAME, Shard, write_json, write_shard
 from dreamlite_jax.data.streams import TASK_OF
+from launch import processes
 
 DATA = flags.DEFINE_string("data", None, "folder of a prepared set", required=True)
 MODEL = flags.DEFINE_string("model", None, "model directory with the encoders", required=True)
@@ -33,9 +38,11 @@ MAX_RATIO = flags.DEFINE_float("max_ratio", 1.0, "aspect ratio of the widest buc
 LEAST = flags.DEFINE_integer("least", 256, "records a bucket needs; a batch or more", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch_size", 8, "records at a time and device", lower_bound=1)
 FLOAT32 = flags.DEFINE_boolean("float32", False, "compute in float32; default: bfloat16 on TPU")
+connect = processes.define()
 
 
 def main() -> None:
+    connect()
     dtype = jnp.bfloat16 if jax.default_backend() == "tpu" and not FLOAT32.value else jnp.float32
     config = system.read_config(MODEL.value, dtype)
     buckets = transforms.aspect_buckets(SIZE.value, config.pixel_multiple, MAX_RATIO.value)
@@ -92,7 +99,8 @@ def check_plan(folder: Path, plan: dict) -> None:
     """Keeps what an unfinished folder is made with, and refuses to go on with anything else."""
     file = folder / "plan.json"
     if not file.is_file():
-        write_json(file, plan)
+        if jax.process_index() == 0:  # the others find the same, or have nothing to compare with
+            write_json(file, plan)
         return
     try:
         changed = differences(json.loads(file.read_bytes()), plan)

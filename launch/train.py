@@ -23,12 +23,11 @@ from dreamlite_jax import cli
 from dreamlite_jax.data import pipeline
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train import loop, metrics, sharding, signals
+from launch import processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0")
-PROCESSES = flags.DEFINE_integer("processes", None, "how many processes there are")
-PROCESS = flags.DEFINE_integer("process", None, "which of them this one is, from 0")
+connect = processes.define()
 CACHE = flags.DEFINE_string(
     "compilation_cache", "~/.cache/dreamlite_jax", "folder for compiled programs; empty: none"
 )
@@ -71,17 +70,6 @@ def main() -> None:
     )
     if not done:
         sys.exit(signals.EXIT_TO_RESUME)
-
-
-def connect() -> None:
-    """Joins the other processes, where there are any."""
-    given = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    if any(value is not None for value in given):
-        if any(value is None for value in given):
-            raise cli.CommandError("--coordinator, --processes and --process go together")
-        jax.distributed.initialize(*given)
-    elif os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
-        jax.distributed.initialize()  # a TPU pod's environment says the rest
 
 
 def report(run: train_config.Run) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# Of tests and of what they start: libtpu, which they compile for, is no device here and says so.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
 
 

@@ -53,6 +53,29 @@ def test_an_epoch_holds_every_sample_once():
     assert len(set(orders)) == len(orders)  # every epoch has an order of its own
 
 
+def test_every_stream_of_a_mixture_has_whole_epochs():
+    """Whatever the weights; the batches cut the epochs anywhere."""
+    streams = [
+        Stream("a", Numbers(mixed_sizes(31, 67, 0)), 0.7),
+        Stream("b", Numbers(mixed_sizes(0, 45, 23)), 0.17),
+        Stream("c", Numbers(mixed_sizes(19, 0, 0)), 1 / 3),
+    ]
+    plan = mixture.plan(streams, BUCKETS, 8, seed=2)
+    rows = collections.defaultdict(list)
+    for bucket, drawn_pairs in drawn(plan, 8, 400).items():
+        for stream, index in drawn_pairs:
+            rows[bucket, stream].append(index)
+    assert len(rows) == 5
+    for (bucket, stream), indices in rows.items():
+        places = transforms.nearest_buckets(streams[stream].source.sizes, plan.buckets)
+        own = np.flatnonzero(places == bucket).tolist()
+        assert len(indices) > 3 * len(own)
+        for k in range(0, len(indices), len(own)):
+            epoch = indices[k : k + len(own)]
+            whole = k + len(own) <= len(indices)
+            assert sorted(epoch) == own if whole else len(set(epoch)) == len(epoch)
+
+
 def test_weights_hold_in_every_bucket():
     streams = [
         Stream("a", Numbers(mixed_sizes(500, 500, 0)), 3.0),

@@ -1,12 +1,14 @@
 """Real photographs, from a folder through prepared sets and aspect buckets, and back."""
 
+import io
 import shutil
 
 import commands
+import foreign
 import numpy as np
 import pytest
 from foreign import PHOTOGRAPHS
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dreamlite_jax.data import pictures, pipeline, records, streams
 
@@ -72,6 +74,31 @@ def test_every_row_is_its_photograph(prepared, random_crop):
         (256, 256),
         (288, 224),
     }  # the buckets nearest to their shapes
+
+
+def test_source_and_target_of_an_edit_are_cropped_alike(tmp_path):
+    """Of an edit that inverts a photograph the two add up to white wherever the crop lies."""
+    kept = []
+    for name in ("astronaut.png", "chelsea.png", "rocket.jpg"):
+        pixels = np.asarray(Image.open(PHOTOGRAPHS / name).convert("RGB"))
+        photograph = Image.fromarray(pixels)  # without a colour profile
+        files = [io.BytesIO(), io.BytesIO()]
+        for image, file in zip((photograph, ImageOps.invert(photograph)), files, strict=True):
+            image.save(file, "PNG")
+        target, source = (file.getvalue() for file in files)
+        kept.append(foreign.Kept(name[:-4], target, ["invert it"], source))
+    foreign.write_folder(tmp_path / "files", kept)
+    given = f"--source={tmp_path / 'files'}", f"--out={tmp_path / 'set'}", "--workers=1"
+    assert commands.run("prepare_data", *given) == 0
+    found = streams.open_streams([{"source": str(tmp_path / "set")}], 128)
+    recipe = pipeline.Recipe(found, batch_size=3, image_size=128)
+    plan, crops = pipeline.check(recipe), set()
+    for step in range(4):
+        batch = pipeline.batch(recipe, plan, range(3), step)
+        np.testing.assert_allclose(batch["target"] + batch["source"], 0, atol=2.1 / 127.5)
+        assert batch["changed"].mean() > 0.9
+        crops.update(map(tuple, batch["crop"]))
+    assert len(crops) == 9  # the square one can only be cropped in one way
 
 
 def found_name(key: str) -> str:

@@ -1,5 +1,6 @@
 """Batches: what they hold, and that they are a function of the step and of nothing else."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -211,31 +212,47 @@ if __name__ == "__main__":
 """
 
 
-def host_rows(*arguments):
-    """Digests of a host's rows, from a process of its own."""
-    made = subprocess.run(
-        [sys.executable, "-c", _HOST, json.dumps([BOTH, *arguments])],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert made.returncode == 0, made.stderr
-    return json.loads(made.stdout)
+def host_rows(start, stop, hosts, workers=0):
+    """Digests of all rows of some steps, [steps * B], each host's from a process of its own."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", _HOST, json.dumps([BOTH, host, hosts, start, stop, workers])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        for host in range(hosts)
+    ]
+    said = [process.communicate() for process in started]
+    assert not any(process.returncode for process in started), [err for _, err in said]
+    own, n = [json.loads(out) for out, _ in said], 8 // hosts
+    return [row for k in range(stop - start) for part in own for row in part[k * n : (k + 1) * n]]
 
 
 @pytest.mark.e2e
-def test_real_processes_agree_whatever_their_number_and_wherever_they_start():
-    batches = first(recipe(), 0, 4)
+@pytest.mark.parametrize(
+    ("start", "hosts", "workers"), [(0, 1, 0), (2, 1, 2), (1, 2, 0), (0, 4, 0), (3, 8, 0)]
+)
+def test_real_processes_agree_whatever_their_number_and_wherever_they_start(start, hosts, workers):
+    batches = first(recipe(), 0, 5)
     expected = [
         hashlib.sha256(b"".join(b_[key][b].tobytes() for key in sorted(b_))).hexdigest()
         for b_ in batches
         for b in range(8)
     ]
-    assert host_rows(0, 1, 0, 4, 0) == expected
-    assert host_rows(0, 1, 2, 4, 2) == expected[16:]  # a restart, with worker processes
-    halves = [host_rows(host, 2, 1, 4, 0) for host in range(2)]
-    joined = [row for step in range(3) for half in halves for row in half[step * 4 : step * 4 + 4]]
-    assert joined == expected[8:]
+    assert host_rows(start, 5, hosts, workers) == expected[start * 8 :]
+
+
+def test_an_epoch_of_a_run_that_restarts_on_other_hosts_holds_every_sample_once():
+    """40 samples, batches of 16: epochs end within batches."""
+    made = recipe(BOTH[:1], batch_size=16)
+    seen = []
+    for step, hosts in enumerate((1, 2, 4, 8, 16)):
+        for host in range(hosts):
+            own = pipeline.host_rows(16, host, hosts)
+            seen += first(made, step, rows=own)[0]["index"].tolist()
+    assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(40)) and seen[:40] != seen[40:]
 
 
 def test_changed_data_is_noticed():
@@ -246,10 +263,22 @@ def test_changed_data_is_noticed():
         (recipe([BOTH[0], {**BOTH[1], "count": 41}]), "data was"),
         (recipe(batch_size=16), "batch_size was 8, is 16"),
         (recipe(BOTH[:1]), "is absent"),
+        (recipe(BOTH[::-1]), r"streams was .*:t2i', .*:edit'\], is .*:edit', .*:t2i'\]"),
     ):
         with pytest.raises(MixtureError, match=said):
             pipeline.check_unchanged(before, other)
         assert pipeline.check_unchanged(before, other, allow=True)
+
+
+def test_another_tokenizer_is_noticed(prompter):
+    before = pipeline.description(recipe(prompter=prompter))
+    other = copy.deepcopy(prompter.tokenizer)
+    made = recipe(prompter=prompter._replace(tokenizer=other))
+    assert pipeline.check_unchanged(before, made) == []
+    other.add_tokens(["zyzzyva"])
+    made = recipe(prompter=prompter._replace(tokenizer=other))
+    with pytest.raises(MixtureError, match=r"so far: prompts was '[0-9a-f]+', is"):
+        pipeline.check_unchanged(before, made)
 
 
 @pytest.mark.parametrize(

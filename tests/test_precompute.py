@@ -1,8 +1,11 @@
 """`launch.precompute`: what it stores is what training would compute, and is refused elsewhere."""
 
 import itertools
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import commands
@@ -11,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training
 from safetensors.numpy import load_file, save_file
 
 from dreamlite_jax import precompute, system
 from dreamlite_jax.data import pipeline, precomputed, prompts, streams, transforms
 from dreamlite_jax.data.mixture import EDIT, T2I, MixtureError
 from dreamlite_jax.data.pipeline import Recipe
+from dreamlite_jax.data.records import PreparedSet
 from dreamlite_jax.objectives import flow_matching
 from dreamlite_jax.tiny import tiny_model_dir
 from dreamlite_jax.train import stages
@@ -83,6 +88,7 @@ def test_both_ways_give_the_same_loss(prepared, model_dir):
         np.testing.assert_array_equal(stored[key], made[key])
     np.testing.assert_allclose(stored["crop"], made["crop"], rtol=1e-6)
     assert "target" not in stored and "input_ids" not in stored
+    assert stored.keys() <= pipeline.Batch.__annotations__.keys()
 
 
 def test_a_finished_set_stays(prepared, model_dir, capsys):
@@ -150,6 +156,42 @@ def test_an_interrupted_run_goes_on(parts, model_dir, monkeypatch, capsys):
     assert found[0] == found[1]
 
 
+def test_processes_of_several_devices_share_the_work(parts, model_dir):
+    """Batches of other sizes sum in another order, by which half precision may round elsewhere."""
+    alone, together = parts(), parts()
+    assert encode(alone, model_dir) == 0
+    given = (f"--data={together}", f"--model={model_dir}", f"--image_size={SIZE}", "--batch_size=2")
+    joined = f"--coordinator=localhost:{training.free_port()}", "--processes=2"
+    flags = *given, "--max_ratio=2", "--least=2", *joined
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "launch.precompute", *flags, f"--process={k}"],
+            cwd=training.ROOT,
+            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for k in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    folders = [precomputed.folder_of(one, SIZE) for one in (alone, together)]
+    told = [out.count(f"{folders[1]}: 5 records") for out, _ in said]
+    assert told == [1, 0]  # by one of them
+    config = system.read_config(model_dir)
+    made_with = precompute.made_with(model_dir, config, image_size=SIZE, max_ratio=2.0)
+    prints = (PreparedSet(one).fingerprint for one in (alone, together))
+    sources = [
+        precomputed.PrecomputedSource(folder, T2I, prepared, made_with)
+        for folder, prepared in zip(folders, prints, strict=True)
+    ]
+    for k, size in enumerate(sources[0].sizes):
+        found = [jax.tree.leaves(source.read(k, size[::-1])) for source in sources]
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3)
+
+
 def test_wrong_use_is_one_line_and_exit_code_2(parts, model_dir, tmp_path, capsys):
     """Later flags win over `encode`'s own."""
     prepared = parts()
@@ -180,6 +222,7 @@ def test_wrong_use_is_one_line_and_exit_code_2(parts, model_dir, tmp_path, capsy
         (["--image_size=60"], "60 is not a positive multiple of 32"),
         (["--max_ratio=0.5"], "0.5, should be at least 1"),
         (["--batch_size=0"], "not a positive integer"),
+        (["--processes=2"], "--coordinator, --processes and --process go together"),
     ):
         capsys.readouterr()
         assert encode(prepared, model_dir, *given) == 2, given

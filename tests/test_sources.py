@@ -119,6 +119,8 @@ def test_broken_samples_of_a_folder(tmp_path):
         "list.json": b"[]",
         "null.jpg": b"picture",
         "null.json": b'{"caption": null}',
+        "pad.jpg": b"picture",
+        "pad.txt": b"an image\nthe tokens <|image_pad|> of an image",
         "alone.txt": b"no picture",
         "phone.heic": b"picture",  # decoding will tell
         "phone.txt": b"from a phone",
@@ -140,6 +142,7 @@ def test_broken_samples_of_a_folder(tmp_path):
         "list": "broken captions: JSON",
         "none": "no caption",
         "null": "no caption",
+        "pad": "broken captions: one contains <|image_pad|>, which is reserved",
         "phone": None,
         "twice": "several pictures: PNG, jpg, txt",
     }
@@ -299,6 +302,9 @@ def test_what_cannot_be_told(tmp_path):
     bare.mkdir()
     (bare / "a.jpg").write_bytes(b"picture")
     assert "no captions" in refused(bare)
+    (bare / "list.csv").write_text("picture,txt\na.jpg,b\n")
+    assert re.search("list.csv: no column of pictures.* it has picture, txt", refused(bare))
+    (bare / "list.csv").unlink()
     (bare / "metadata.csv").write_text("name,caption\na.jpg,b\n")
     assert re.search("no column of pictures.* it has name, caption", refused(bare))
     assert "no column 'nam' (image)" in refused(bare, names={"image": "nam"})

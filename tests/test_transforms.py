@@ -105,6 +105,12 @@ def test_floats_are_those_of_diffusers_and_become_the_same_bytes_again():
     np.testing.assert_array_equal(pictures.to_bytes(row[1]), levels)
 
 
+@pytest.mark.parametrize("width, height", [(1, 1), (31, 500), (700, 301), (70_000, 2)])
+def test_arrays_are_the_pictures(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    np.testing.assert_array_equal(pictures.to_array(Image.fromarray(pixels)), pixels)
+
+
 def test_the_changed_map_finds_what_an_edit_changes():
     for index in range(20):
         edit = shapes.sample_edit(shapes.DEMO, "train", 0, index)

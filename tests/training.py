@@ -55,12 +55,15 @@ def run(config: str, workdir: Path, cache: Path, *flags: str, code: int = 0, **k
     return said
 
 
-def run_together(config: str, workdir: Path, cache: Path, *flags: str, processes: int, **kw):
-    """The same by several processes; returns what each says."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    joined = (f"--coordinator=localhost:{port}", f"--processes={processes}")
+        return probe.getsockname()[1]
+
+
+def run_together(config: str, workdir: Path, cache: Path, *flags: str, processes: int, **kw):
+    """The same by several processes; returns what each says."""
+    joined = (f"--coordinator=localhost:{free_port()}", f"--processes={processes}")
     started = [
         start(config, workdir, cache, *flags, *joined, f"--process={k}", process=k, **kw)
         for k in range(processes)

@@ -181,7 +181,7 @@ def _unidentified(data: bytes) -> str:
     if not data:
         return "empty file"
     if data.startswith(_SIGNATURES):
-        return "its header is damaged"
+        return "its header is damaged, or of a kind that nothing here reads"
     start = data[:24].decode("latin-1")
     return f"no {', '.join(FORMATS)} file; it starts with {start!r}"
 

@@ -3,6 +3,9 @@
 A *source* is random-access data of one task; a *stream* is a source with a weight. Every step has
 one bucket, so all its pictures have one size; within it the streams are mixed by weight. Nothing
 here has a state: the bucket of a step and the samples of its rows are functions of the step.
+
+An *epoch* is of a stream within a bucket: every sample once, in a new order, before any comes
+again. Epochs end within batches, those of several buckets or streams not at the same step.
 """
 
 import functools

@@ -283,12 +283,12 @@ def view(
     """
     crop = transforms.crop_to(*sample.original_size, size, at)
     facts = sample.captions, sample.original_size
-    target = np.asarray(transforms.fitted(sample.target, size, crop))
+    target = pictures.to_array(transforms.fitted(sample.target, size, crop))
     if sample.source is None:
         everything = np.ones([side // factor for side in size], bool)
         return View(*facts, target, None, None, everything, crop)
     seen = transforms.fitted(sample.source, prompts.SEEN, crop) if see else None
-    source = np.asarray(transforms.fitted(sample.source, size, crop))
+    source = pictures.to_array(transforms.fitted(sample.source, size, crop))
     changed = transforms.changed(target, source, factor)
     return View(*facts, target, source, seen, changed, crop)
 
@@ -423,6 +423,9 @@ def description(recipe: Recipe) -> dict[str, Any]:
     out |= {f"dropout.{name}": rate for name, rate in recipe.dropout._asdict().items()}
     if recipe.prompter or recipe.precomputed:
         out["text_length"] = recipe.length
+    if recipe.prompter and not recipe.precomputed:
+        out["prompts"] = prompts.fingerprint(recipe.prompter)
+    out["streams"] = [name for name, *_ in recipe.streams]  # whose order decides, too
     for name, source, weight in recipe.streams:
         out[f"streams.{name}.weight"] = weight
         out[f"streams.{name}.data"] = source.fingerprint

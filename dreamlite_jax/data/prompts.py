@@ -6,6 +6,8 @@ stands in a template: a tagged prompt (`tagged`), or an untagged one for the nul
 Shapes: B texts, L tokens, C context tokens (behind the template's prefix).
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -90,6 +92,20 @@ def templated(mode: str, text: str) -> str:
 def drop_counts(tokenizer: Any) -> DropCounts:
     """The numbers that fit a tokenizer, counted."""
     return DropCounts(**{m: len(tokenizer(_PREFIXES[m])["input_ids"]) for m in MODES})
+
+
+def rules(drop: DropCounts) -> list:
+    """All that decides how a text is put into its template and cut, by JSON values."""
+    texts = [templated(m, text) for m in MODES for text in (NULL, tagged(m, NULL))]
+    return [texts, list(drop), MAX_TOKENS, IMAGE_SIDE]
+
+
+def fingerprint(prompter: Prompter) -> str:
+    """What tells prompters apart that make other tokens of a text: sha256 in hex."""
+    given = [rules(prompter.drop), dict(prompter.numbers)]
+    total = hashlib.sha256(json.dumps(given, sort_keys=True).encode())
+    total.update(prompter.tokenizer.backend_tokenizer.to_str().encode())
+    return total.hexdigest()
 
 
 def prompt_inputs(

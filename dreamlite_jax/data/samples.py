@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from dreamlite_jax.data import columns
+from dreamlite_jax.data.prompts import IMAGE_PAD
 from dreamlite_jax.data.records import PAIRS, TRIPLETS
 
 # Extensions that mean a picture, those that nobody here decodes too: they are then reported.
@@ -159,6 +160,8 @@ def _captions(value: Any) -> list[str]:
     """Captions of a field: a text, or a list of texts."""
     texts = value if isinstance(value, list) else [value]
     decoded = [_decoded(text) for text in texts if isinstance(text, str | bytes)]
+    if any(IMAGE_PAD in text for text in decoded):  # training would stop at it, days later
+        raise _BrokenError(f"{BROKEN_CAPTIONS}: one contains {IMAGE_PAD}, which is reserved")
     return [text.strip() for text in decoded if text.strip()]
 
 

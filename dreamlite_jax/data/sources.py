@@ -121,7 +121,8 @@ def _parts_of(path: Path, shard_size: int, names: Mapping[str, str]) -> list[Par
         return _tar_parts(tars)
     if parquets and (found := _parquet_parts(path, parquets, names, needed=not pictures)):
         return found
-    if table := _table(path, tables, names, needed=not pictures):
+    captions = any(f".{name}" in by_suffix for name in samples.TEXTS)
+    if table := _table(path, tables, names, needed=not (pictures and captions)):
         return _table_parts(*table, shard_size)
     if path.is_dir() and pictures:
         return _folder_parts(path, files, shard_size)

@@ -5,9 +5,11 @@ The whole pipeline reads records, decodes, crops, resizes, scales to [-1, 1], to
 same with JPEGs decoded at 1/2, 1/4 or 1/8 where that is enough, as the pipeline does. `torch` is a
 DataLoader over the files with `drafted`'s calls, floats and collation, without texts.
 
-The pipeline and `pillow` make two batches at a time by threads, `processes` (the pipeline) and
-`torch` by two worker processes. All times are of a batch but for those of a start. Photographs are
-those that scikit-image ships, as JPEGs of twice to eight times the size.
+Rows of one core count the processor time that a batch takes, little else on a machine that others
+use, too. In other rows the clock counts: the pipeline and `pillow` make two batches at a time
+by threads, `processes` (the pipeline) and `torch` by two worker processes. All times are of a batch
+but for those of a start. Photographs are those that scikit-image ships, as JPEGs of twice to eight
+times the size.
 """
 
 import itertools
@@ -105,6 +107,17 @@ def timed(start: Callable[[], Iterator], before: int, number: int) -> Step:
     return step
 
 
+def spent(step: Step) -> Step:
+    """The step, counted by the processor time that it takes this process."""
+
+    def counted() -> Counted:
+        begin = time.process_time()
+        step()
+        return Counted(time.process_time() - begin)
+
+    return counted
+
+
 def our_recipe(root: str, side: int, batch: int) -> Any:
     from dreamlite_jax import system, tiny
     from dreamlite_jax.data import pipeline, streams
@@ -121,7 +134,7 @@ def our_step(root: str, side: int, batch: int) -> Step:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core
     recipe = our_recipe(root, side, batch)
     plan, steps = pipeline.check(recipe), itertools.count()
-    return lambda: pipeline.batch(recipe, plan, range(batch), next(steps))
+    return spent(lambda: pipeline.batch(recipe, plan, range(batch), next(steps)))
 
 
 def our_threads(root: str, side: int, batch: int, taken: tuple[int, int]) -> Step:
@@ -172,11 +185,11 @@ def _pillow(root: str, side: int, batch: int, drafted: bool, threads: int = 1) -
 
 
 def pillow_step(root: str, side: int, batch: int) -> Step:
-    return _pillow(root, side, batch, drafted=False).__next__
+    return spent(_pillow(root, side, batch, drafted=False).__next__)
 
 
 def drafted_step(root: str, side: int, batch: int) -> Step:
-    return _pillow(root, side, batch, drafted=True).__next__
+    return spent(_pillow(root, side, batch, drafted=True).__next__)
 
 
 def pillow_threads(root: str, side: int, batch: int, taken: tuple[int, int]) -> Step:
@@ -203,7 +216,8 @@ class Files:
 def torch_step(root: str, side: int, batch: int) -> Step:
     import torch
 
-    return iter(torch.utils.data.DataLoader(Files(root, side), batch)).__next__
+    torch.set_num_threads(1)
+    return spent(iter(torch.utils.data.DataLoader(Files(root, side), batch)).__next__)
 
 
 def torch_processes(root: str, side: int, batch: int, taken: tuple[int, int]) -> Step:
