@@ -121,26 +121,62 @@ def test_paths_are_easy_to_match():
     assert not any("attn1" in path for path in paths if path.startswith("down_blocks_0"))
 
 
-def test_another_set_of_primitives_reaches_every_layer():
-    """A lowering passes its own forms; here each counts its calls and computes as before."""
-    calls = dict.fromkeys(PLAIN._fields, 0)
+def counting(forms):
+    """Forms of the primitives that count their calls, and the counts."""
+    calls = dict.fromkeys(forms, 0)
 
     def counted(name):
         def form(*args, **kw):
             calls[name] += 1
-            return getattr(PLAIN, name)(*args, **kw)
+            return forms[name](*args, **kw)
 
         return form
 
-    ops = PLAIN._replace(**{name: counted(name) for name in PLAIN._fields})
+    return PLAIN._replace(**{name: counted(name) for name in forms}), calls
+
+
+def velocity_of(params, ops):
+    module = UNet(SMALL, ops=ops)
+    return jax.jit(lambda p: module.apply({"params": p}, **inputs()))(params)
+
+
+def test_another_set_of_primitives_reaches_every_layer():
+    """A lowering passes its own forms; here each counts its calls and computes as before."""
+    forms = {name: form for name, form in PLAIN._asdict().items() if form is not None}
+    ops, calls = counting(forms)
     params = random_params(pretrained.UNET, SMALL)
-
-    def run(module):
-        return jax.jit(lambda p: module.apply({"params": p}, **inputs()))(params)
-
-    plain, ours = run(UNet(SMALL)), run(UNet(SMALL, ops=ops))
-    np.testing.assert_array_equal(plain, ours)
+    np.testing.assert_array_equal(velocity_of(params, PLAIN), velocity_of(params, ops))
     assert all(calls.values()), calls
     # every product with a parameter goes through linear, conv or depthwise_conv
     kernels = sum(path[-1] == "kernel" for path in flatten_dict(params))
     assert calls["linear"] + calls["conv"] + calls["depthwise_conv"] == kernels
+
+
+def test_several_primitives_at_once():
+    """Where a lowering has them so, the layers ask for them together, and for nothing twice."""
+
+    def normed_attention(q, k, v, bias, scale, *, eps):
+        return PLAIN.attention(PLAIN.rms_norm(q, scale, eps=eps), k, v, bias)
+
+    def norm_silu_depthwise(x, scale, bias, kernel, **how):
+        return PLAIN.depthwise_conv(PLAIN.silu(PLAIN.group_norm(x, scale, bias, **how)), kernel)
+
+    def geglu(x, kernel, bias):
+        value, gate = jnp.split(PLAIN.linear(x, kernel) + bias, 2, axis=-1)
+        return value * PLAIN.gelu(gate)
+
+    def upsample_conv(x, kernel):
+        return PLAIN.conv(PLAIN.upsample_nearest(x), kernel)
+
+    forms = {f.__name__: f for f in (normed_attention, norm_silu_depthwise, geglu, upsample_conv)}
+    assert forms.keys() == {name for name, form in PLAIN._asdict().items() if form is None}
+    ops, calls = counting(forms)
+    params = random_params(pretrained.UNET, SMALL)
+    np.testing.assert_allclose(velocity_of(params, PLAIN), velocity_of(params, ops), atol=1e-5)
+    paths = ["/".join(path) for path in flatten_dict(params)]
+    assert calls == {
+        "normed_attention": sum(path.endswith("norm_q/scale") for path in paths),
+        "norm_silu_depthwise": sum(path.endswith("depthwise/kernel") for path in paths),
+        "geglu": sum(path.endswith("ff/net_0/proj/kernel") for path in paths),
+        "upsample_conv": sum("upsamplers" in path and path.endswith("kernel") for path in paths),
+    }
