@@ -91,6 +91,23 @@ def resolve(settings: Settings, config: Config, source: Image.Image | None = Non
     return settings
 
 
+def check_prompts(
+    prompter: prompts.Prompter,
+    requests: Sequence[str],
+    settings: Settings,
+    source: Image.Image | None = None,
+) -> None:
+    """Raises what `generate` would of its prompts, before any weights are read.
+
+    Raises:
+      PromptError: as `prompts.prompt_inputs`.
+    """
+    mode, images = (GENERATE, None) if source is None else (EDIT, [source])
+    texts = [*(prompts.tagged(mode, request) for request in requests), settings.negative_prompt]
+    for text in dict.fromkeys(texts):
+        prompts.prompt_inputs(prompter, mode, [text], images, truncate=settings.truncate)
+
+
 def initial_noise(config: Config, seed: int, height: int, width: int) -> np.ndarray:
     """float32 [h, w, c] for a picture of height x width pixels; the same on every backend and in
     every batch."""

@@ -95,6 +95,8 @@ def main() -> None:
     requests = [prompt for prompt in prompts for _ in range(NUM_IMAGES.value)]
     seeds = [(SEED.value + i) % SEEDS for _ in prompts for i in range(NUM_IMAGES.value)]
     noise, origins = initial_noise(config, settings, seeds, NOISE.value)
+    prompter = system.load_prompter(MODEL.value, config.text_encoder)
+    generation.check_prompts(prompter, prompts, settings, source)
     model = system.load(MODEL.value, dtype, param_dtype=dtype)
     size = source.size[::-1] if RESIZE_BACK.value else None
     common = describe(model, settings, IMAGE.value)

@@ -226,7 +226,9 @@ def _flags(models, tmp_path):
     }
 
 
-def test_wrong_use_is_one_line_and_exit_code_2(models, tmp_path, capsys):
+def test_wrong_use_is_one_line_and_exit_code_2(models, tmp_path, capsys, monkeypatch):
+    """And nobody waits for weights to be read before."""
+    monkeypatch.setattr(system, "load", None)
     for name, (flags, expected) in _flags(models, tmp_path).items():
         capsys.readouterr()
         code = run("sample", f"--out={tmp_path / 'out' / 'a.png'}", *flags)
