@@ -17,5 +17,5 @@ def get_config(variant=None):
     config.batch_size = 512  # Lumina-Image 2.0's at 1024 px
     config.steps = 40_000  # likewise
     config.optim.lr = 5e-5  # ours: batches are half as large
-    config.remat = "full"
+    config.remat = "products"
     return finished(config, variant)

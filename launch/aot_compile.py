@@ -44,6 +44,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", loc
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "kind and shape of the slice")
 HBM = flags.DEFINE_float("hbm_gib", None, "memory of a device, GiB; default: the chip's")
 JSON = flags.DEFINE_string("json", None, "file for the figures")
+HLO = flags.DEFINE_string("hlo", None, "file for the compiled program's text")
 
 
 def main() -> None:
@@ -67,7 +68,10 @@ def main() -> None:
         f"lowered in {time.monotonic() - began:.0f} s, compiling for {TOPOLOGY.value}", flush=True
     )
     began = time.monotonic()
-    found = costs.of(compiled(lowered))
+    program = compiled(lowered)
+    if HLO.value:
+        Path(HLO.value).write_text(program.as_text())
+    found = costs.of(program)
     figures = {
         "config": raw.to_dict(),
         "topology": TOPOLOGY.value,

@@ -109,6 +109,21 @@ def test_wrong_remat(remat, words):
         jax.eval_shape(lambda p: UNet(SMALL, remat=remat).apply({"params": p}, **inputs()), shapes)
 
 
+def test_what_is_saved_for_the_gradient():
+    """Of products, no product is made twice; of nothing but inputs, all of them are."""
+    params = pretrained.param_shapes(pretrained.UNET, SMALL)
+
+    def products(remat):
+        module = UNet(SMALL, remat=remat)
+        gradient = jax.grad(lambda p: jnp.sum(module.apply({"params": p}, **inputs())))
+        return jax.jit(gradient).lower(params).as_text().count("dot_general")
+
+    none, saved, full = (products(remat) for remat in ("none", "products", "full"))
+    attentions = sum("to_q" in path for path in map("/".join, flatten_dict(params)))
+    # The plain attention's scores, and their product with the values, are no linear layer's.
+    assert none < saved <= none + 2 * attentions < full
+
+
 def test_paths_are_easy_to_match():
     paths = {"/".join(p) for p in flatten_dict(pretrained.param_shapes(pretrained.UNET, SMALL))}
     for path in (

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from dreamlite_jax.models.layers import (
     Conv,
@@ -26,7 +27,7 @@ from dreamlite_jax.models.layers import (
     RMSNorm,
     add_bias,
 )
-from dreamlite_jax.models.primitives import PLAIN, Primitives
+from dreamlite_jax.models.primitives import PLAIN, PRODUCT, Primitives
 
 Dtype = Any
 
@@ -35,29 +36,25 @@ LAYER_NORM_EPS = 1e-5  # diffusers' BasicTransformerBlock
 TRANSFORMER_GROUP_NORM_EPS = 1e-6  # diffusers' Transformer2DModel
 
 
-REMAT_POLICIES = (
-    "none",
-    "full",
-    "dots_saveable",
-    "dots_with_no_batch_dims_saveable",
-    "checkpoint_dots",
-    "checkpoint_dots_with_no_batch_dims",
-)
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+}
 
 
 def rematerialised(block: type[nn.Module], spec: str, path: str) -> type[nn.Module]:
     """`block`, recomputed in the backward pass where `spec` asks for it at `path`.
 
-    spec is one of REMAT_POLICIES: "none", "full" (save a block's inputs only) or a name of
-    `jax.checkpoint_policies`; optionally followed by "@" and a regex of the block paths it applies
-    to: "full@down_blocks_0|up_blocks_2". Residual and transformer blocks are the units.
+    spec is one of REMAT_POLICIES: "none", "full" (a block's inputs alone are saved) or "products"
+    (what linear layers and attention give is saved, too, in the compute dtype; the cheap rest is
+    computed again); optionally followed by "@" and a regex of the block paths it applies to:
+    "full@down_blocks_0|up_blocks_2". Residual and transformer blocks are the units.
     """
     policy, where = split_remat(spec)
     if policy == "none" or not where.search(path):
         return block
-    return nn.remat(
-        block, policy=None if policy == "full" else getattr(jax.checkpoint_policies, policy)
-    )
+    return nn.remat(block, policy=REMAT_POLICIES[policy])
 
 
 def split_remat(spec: str) -> tuple[str, re.Pattern]:
@@ -164,7 +161,7 @@ class Attention(nn.Module):
         else:
             q = RMSNorm(QK_NORM_EPS, self.ops, name="norm_q")(q) if self.qk_norm else q
             y = self.ops.attention(q, k, v, bias)
-        y = y.reshape(b, h, w, c)
+        y = checkpoint_name(y, PRODUCT).reshape(b, h, w, c)
         return Linear(c, True, self.dtype, self.ops, name="to_out_0")(y)
 
 

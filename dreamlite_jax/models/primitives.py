@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from dreamlite_jax.models.depthwise import depthwise_conv
+
+PRODUCT = "product"  # the name of results that are worth saving for a gradient, see `blocks`
 
 
 def group_norm(x: Array, scale: Array, bias: Array, *, groups: int, eps: float) -> Array:
@@ -128,7 +131,7 @@ def linear(x: Array, kernel: Array) -> Array:
     """x [..., I] times kernel [I, O] -> [..., O], flattened to one matmul (XLA's CPU prefers
     2-D)."""
     y = contract("mi,io->mo", x.reshape(-1, x.shape[-1]), kernel)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+    return checkpoint_name(y.reshape(*x.shape[:-1], kernel.shape[-1]), PRODUCT)
 
 
 def conv(x: Array, kernel: Array, stride: int = 1) -> Array:

@@ -6,9 +6,10 @@ They are per device: `train.sharding.pinned` spreads them over a mesh.
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from dreamlite_jax.models import flash, fused_depthwise, primitives
-from dreamlite_jax.models.primitives import PLAIN
+from dreamlite_jax.models.primitives import PLAIN, PRODUCT
 
 SUBLANES = 8
 
@@ -55,7 +56,7 @@ def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float) -> Array:
 
 def linear(x: Array, kernel: Array) -> Array:
     """`primitives.linear` without its reshapes, through which XLA fuses nothing here."""
-    return primitives.contract("...i,io->...o", x, kernel)
+    return checkpoint_name(primitives.contract("...i,io->...o", x, kernel), PRODUCT)
 
 
 def geglu(x: Array, kernel: Array, bias: Array) -> Array:

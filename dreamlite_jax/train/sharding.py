@@ -143,12 +143,10 @@ def pinned(mesh: Mesh) -> Primitives:
         return ops
     rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
 
-    @jax.custom_vjp
     def whole(kernel: Array) -> Array:
+        # So is its gradient, before it is spread as the kernel is: XLA would make it in the parts
+        # that devices keep, 56 channels at a time, and read its factors anew for each.
         return jax.lax.with_sharding_constraint(kernel, everywhere)
-
-    # The gradient is not gathered: what it is summed into is spread as the kernel is.
-    whole.defvjp(lambda kernel: (whole(kernel), None), lambda _, gradient: (gradient,))
 
     def pin(operation):
         def pinned_operation(x: Array, kernel: Array, *args) -> Array:

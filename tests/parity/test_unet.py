@@ -200,7 +200,8 @@ def test_rematerialisation_changes_no_gradient():
         return sum(equation.primitive.name.startswith("remat") for equation in equations)
 
     assert blocks("none") == 0
-    assert blocks("full") == blocks("dots_saveable") == 11 + 8  # residual and transformer blocks
+    # Residual and transformer blocks.
+    assert blocks("full") == blocks("products") == 11 + 8
     assert blocks("full@down_blocks_0|up_blocks_2") == 3 + 1
     plain = jax.tree.leaves(jax.jit(gradient("none"))(params))
     again = jax.tree.leaves(jax.jit(gradient("full@down_blocks_0|up_blocks_2"))(params))
