@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from dreamlite_jax import cli
 from dreamlite_jax.data import pipeline
 from dreamlite_jax.train import config as train_config
-from dreamlite_jax.train import loop, sharding, signals
+from dreamlite_jax.train import loop, reinforcement, sharding, signals
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
@@ -94,6 +94,9 @@ def report(run: train_config.Run) -> None:
         f"{jax.process_count()} processes; batch {raw.batch_size} = {mesh.size} devices x "
         f"{raw.batch_size // mesh.size // raw.accumulation} rows x accumulation {raw.accumulation}"
     )
+    if run.rl:
+        numbers = raw.batch_size, raw.accumulation, mesh.size
+        print(reinforcement.arithmetic(run.rl.rollouts, *numbers))
     for name, source, weight in run.recipe.streams:
         print(f"{name}: {len(source)} samples of {source.task}, weight {weight:g}")
 

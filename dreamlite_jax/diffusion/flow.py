@@ -168,4 +168,5 @@ def sigma_list(steps: int, mu: float) -> np.ndarray:
     if steps < 1:
         raise ValueError(f"steps is {steps}, should be at least 1")
     even = np.linspace(1.0, 1 / steps, steps, dtype=np.float32)
-    return np.append(np.asarray(shift_sigma(even, mu)), np.float32(0))
+    with jax.ensure_compile_time_eval():  # numbers they are, within what is being compiled, too
+        return np.append(np.asarray(shift_sigma(even, mu)), np.float32(0))

@@ -18,13 +18,18 @@ from dreamlite_jax.data import pipeline, streams, transforms
 from dreamlite_jax.data.pipeline import Recipe
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models import blocks, unet
-from dreamlite_jax.objectives import autoencoding, flow_matching
-from dreamlite_jax.train import optim, origins, sharding, stages
+from dreamlite_jax.objectives import autoencoding, flow_matching, grpo
+from dreamlite_jax.rewards import opening
+from dreamlite_jax.train import optim, origins, reinforcement, rollouts, sharding, stages
 from dreamlite_jax.train.loop import Schedule, Stage
 from dreamlite_jax.train.state import Params
 
-DIFFUSION, AUTOENCODER = "diffusion", "autoencoder"
-STAGES = {DIFFUSION: flow_matching.Settings, AUTOENCODER: autoencoding.Settings}
+DIFFUSION, AUTOENCODER, GRPO = "diffusion", "autoencoder", "grpo"
+STAGES = {
+    DIFFUSION: flow_matching.Settings,
+    AUTOENCODER: autoencoding.Settings,
+    GRPO: grpo.Settings,
+}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TINY = "tiny"
 
@@ -47,6 +52,9 @@ class Run(NamedTuple):
     raw: ConfigDict
     model_dir: Path
     origins: dict[str, origins.Origin]  # of every network
+    rl: reinforcement.Settings | None = None  # of the stage "grpo", as what follows
+    rewards: tuple[opening.Weighted, ...] = ()
+    reference: origins.Origin | None = None
 
 
 # --- Checking -------------------------------------------------------------------------------------
@@ -109,6 +117,10 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
             if validation:
                 validation = validation._replace(random_crop=False)
                 attempt(pipeline.check, validation)
+    rl = attempt(reinforcement.settings_of, raw.rl, settings_of) if raw.stage == GRPO else None
+    if rl and mesh:
+        numbers = raw.batch_size, raw.accumulation, mesh.size
+        problems += reinforcement.problems(rl, *numbers, reinforcement.tasks_of(recipe))
     found = attempt(_origins, raw, workdir, model_dir)
     if config and found:
         used = {name: found[name] for name in networks_of(raw)}
@@ -117,6 +129,7 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
             problems += _not_precomputed(raw, used, model_dir)
     if problems:
         raise ConfigError("; ".join(dict.fromkeys(problems)))
+    for_rl = reinforcement.opened(rl, recipe, raw.init_from, model_dir) if rl else {}
     schedule = Schedule(
         steps=raw.steps,
         batch_size=raw.batch_size,
@@ -128,10 +141,11 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         sample_every=raw.sample.every,
         patience=raw.patience,
         profile_at=raw.profile_at,
+        limits=rl.limits.of_metrics() if rl else (),
     )
     return Run(
         config=config,
-        recipe=recipe,
+        recipe=for_rl.pop("recipe", recipe),
         validation=validation,
         mesh=mesh,
         rules=rules,
@@ -141,6 +155,8 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         raw=raw,
         model_dir=model_dir,
         origins=found,
+        rl=rl,
+        **for_rl,
     )
 
 
@@ -169,7 +185,7 @@ def settings_of(kind: type, values: Mapping[str, Any], where: str) -> Any:
 def optimisation_of(raw: ConfigDict) -> stages.Optimisation:
     """How a config's parameters move."""
     settings = settings_of(optim.Settings, raw.optim, "optim")
-    tx = optim.make_tx(settings, raw.steps)
+    tx = optim.make_tx(settings, raw.steps * raw.rl.get("updates", 1))
     return stages.Optimisation(tx, raw.ema_decay, raw.accumulation, settings.clip, settings.trained)
 
 
@@ -195,6 +211,9 @@ _NOT_NEGATIVE = (
 )
 
 
+_TRAINED = {AUTOENCODER: ("vae",), GRPO: ("unet",)}  # what a stage can train; others: both
+
+
 def _wrong_numbers(raw: ConfigDict) -> list[str]:
     found = []
     for key in _POSITIVE:
@@ -211,7 +230,7 @@ def _wrong_numbers(raw: ConfigDict) -> list[str]:
         found.append(f"ema_decay is {raw.ema_decay}, should be in [0, 1)")
     if raw.dtype not in DTYPES:
         found.append(f"dtype is {raw.dtype!r}, known are {', '.join(DTYPES)}")
-    networks = ("vae",) if raw.stage == AUTOENCODER else ("unet", "text_encoder")
+    networks = _TRAINED.get(raw.stage, ("unet", "text_encoder"))
     if not raw.train or set(raw.train) - set(networks):
         found.append(f"train is {tuple(raw.train)}, should name some of {', '.join(networks)}")
     if not raw.data:
@@ -284,7 +303,7 @@ def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
             f"the U-Net takes latents of {network.in_channels} channels and gives "
             f"{network.out_channels}, but the autoencoder of {model_dir} has {channels}"
         )
-    if raw.stage == DIFFUSION and problems:
+    if raw.stage != AUTOENCODER and problems:
         raise ConfigError("; ".join(problems))
     blocks.split_remat(raw.remat)
     return config._replace(unet=network, vae=vae, remat=raw.remat)
@@ -332,13 +351,13 @@ def _recipe(
     model_dir: Path,
 ) -> Recipe:
     """Of the data under the key `where`."""
-    made_with, with_text = None, raw.stage == DIFFUSION
+    made_with, with_text = None, raw.stage != AUTOENCODER
     folders = [streams.precomputed_folder(entry, raw.image_size) for entry in raw[where]]
     used = [
         folder is not None and (entry.get("precomputed") or folder.is_dir())
         for entry, folder in zip(raw[where], folders, strict=True)
     ]
-    if with_text and any(used):
+    if raw.stage == DIFFUSION and any(used):  # rewards need the prompts and sources themselves
         made_with = precompute.made_with(
             model_dir, config, image_size=raw.image_size, max_ratio=raw.max_ratio
         )
@@ -385,25 +404,29 @@ def make_loss(run: Run):
     """The loss function of a run's stage."""
     if run.raw.stage == AUTOENCODER:
         return stages.autoencoder_loss(run.config, run.loss)
+    if run.rl:
+        return rollouts.policy_loss(run.config, run.rl.rollouts, run.loss)
     return stages.diffusion_loss(run.config, run.recipe.context_length, run.loss)
 
 
 def make_stage(run: Run) -> Stage:
     """The stage, with its parameters read and its evaluators ready."""
     trained, frozen = load_params(run)
-    loss_fn = make_loss(run)
-    return stages.make_stage(
-        loss_fn,
-        trained,
-        frozen,
-        run.optimisation,
-        run.mesh,
-        run.rules,
-        _predict_fns(run, loss_fn),
+    if run.reference:
+        load = origins.load("unet", run.reference, run.config.unet, run.raw.seed)
+        frozen[rollouts.REFERENCE] = load
+    loss_fn, how = make_loss(run), run.optimisation
+    stage = stages.make_stage(loss_fn, trained, frozen, how, run.mesh, run.rules, _predict_fns(run))
+    if not run.rl:
+        return stage
+    given = run.config, run.rl.rollouts, run.loss, run.rewards, run.recipe, run.mesh
+    return stage._replace(
+        step_fn=rollouts.make_step(loss_fn, how, run.rl.rollouts.updates),
+        batch_fn=reinforcement.make_batch_fn(*given),
     )
 
 
-def _predict_fns(run: Run, loss_fn) -> dict[str, Any]:
+def _predict_fns(run: Run) -> dict[str, Any]:
     raw, found = run.raw, {}
     shown = (run.validation or run.recipe)._replace(dropout=transforms.Dropout(0.0, 0.0, 0.0, 0.0))
     rows = range(min(raw.sample.rows, raw.batch_size))
@@ -416,6 +439,10 @@ def _predict_fns(run: Run, loss_fn) -> dict[str, Any]:
         if raw.sample.guidance != 1:
             every = transforms.Dropout(1.0, 1.0, 0.0, 0.0)
             null = pipeline.batch(shown._replace(dropout=every), plan, rows, 0)
+        scored = None
+        if run.rl:
+            asked = pipeline.asked(shown, plan, rows, 0)
+            scored = reinforcement.scores_shown(run.rewards, asked)
         found["sample"] = stages.sample_fn(
             run.config,
             run.mesh,
@@ -425,8 +452,12 @@ def _predict_fns(run: Run, loss_fn) -> dict[str, Any]:
             shown.context_length,
             raw.sample.steps,
             raw.sample.guidance,
+            scored=scored,
         )
-    if run.validation:
+    if run.validation and run.rl:
+        given = run.config, run.mesh, shown, run.rewards, raw.sample.steps, raw.sample.guidance
+        found["validation"] = reinforcement.validation_fn(*given)
+    elif run.validation:
         rows = sharding.own_rows(run.mesh, raw.batch_size)
         batches = [
             sharding.spread(pipeline.batch(shown, plan, rows, k), run.mesh, raw.batch_size)
@@ -443,6 +474,7 @@ def meta_of(run: Run) -> dict[str, Any]:
         "config": run.raw.to_dict(),
         "data": pipeline.description(run.recipe),
         **origins.meta_of(run.config, run.origins, run.raw.train, run.model_dir),
+        **({"reference": origins.described(run.reference)} if run.reference else {}),
     }
 
 
@@ -451,7 +483,13 @@ def check_resumed(run: Run, saved: Mapping[str, Any]) -> None:
 
     Raises:
       mixture.MixtureError: the data changed and that is not allowed.
+      ConfigError: the reference of the policy is another.
     """
+    if run.reference and saved["reference"] != (now := origins.described(run.reference)):
+        raise ConfigError(
+            f"the policy was held to {saved['reference']}, now init_from gives {now}; restore it, "
+            "or begin in another workdir"
+        )
     found = pipeline.check_unchanged(saved["data"], run.recipe, run.raw.allow_changed_data)
     for line in found:
         logging.warning("going on with changed data: %s", line)
