@@ -24,11 +24,10 @@ from dreamlite_jax.train import optim, origins, reinforcement, rollouts, shardin
 from dreamlite_jax.train.loop import Schedule, Stage
 from dreamlite_jax.train.state import Params
 
-DIFFUSION, AUTOENCODER, GRPO = "diffusion", "autoencoder", "grpo"
 STAGES = {
-    DIFFUSION: flow_matching.Settings,
-    AUTOENCODER: autoencoding.Settings,
-    GRPO: grpo.Settings,
+    (DIFFUSION := "diffusion"): flow_matching.Settings,
+    (AUTOENCODER := "autoencoder"): autoencoding.Settings,
+    (GRPO := "grpo"): grpo.Settings,
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TINY = "tiny"
@@ -112,8 +111,8 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         if recipe:
             attempt(pipeline.check, recipe)
         if raw.validation:
-            never = transforms.Dropout(0.0, 0.0, 0.0, 0.0)
-            validation = attempt(_recipe, raw, "validation", config, never, model_dir)
+            given = "validation", config, transforms.NEVER, model_dir
+            validation = attempt(_recipe, raw, *given)
             if validation:
                 validation = validation._replace(random_crop=False)
                 attempt(pipeline.check, validation)
@@ -413,8 +412,8 @@ def make_stage(run: Run) -> Stage:
     """The stage, with its parameters read and its evaluators ready."""
     trained, frozen = load_params(run)
     if run.reference:
-        load = origins.load("unet", run.reference, run.config.unet, run.raw.seed)
-        frozen[rollouts.REFERENCE] = load
+        given = "unet", run.reference, run.config.unet, run.raw.seed
+        frozen[rollouts.REFERENCE] = origins.load(*given)
     loss_fn, how = make_loss(run), run.optimisation
     stage = stages.make_stage(loss_fn, trained, frozen, how, run.mesh, run.rules, _predict_fns(run))
     if not run.rl:
@@ -428,7 +427,7 @@ def make_stage(run: Run) -> Stage:
 
 def _predict_fns(run: Run) -> dict[str, Any]:
     raw, found = run.raw, {}
-    shown = (run.validation or run.recipe)._replace(dropout=transforms.Dropout(0.0, 0.0, 0.0, 0.0))
+    shown = (run.validation or run.recipe)._replace(dropout=transforms.NEVER)
     rows = range(min(raw.sample.rows, raw.batch_size))
     plan = pipeline.check(shown)
     batch = pipeline.batch(shown, plan, rows, 0)
@@ -437,12 +436,9 @@ def _predict_fns(run: Run) -> dict[str, Any]:
     else:
         null = None
         if raw.sample.guidance != 1:
-            every = transforms.Dropout(1.0, 1.0, 0.0, 0.0)
-            null = pipeline.batch(shown._replace(dropout=every), plan, rows, 0)
-        scored = None
-        if run.rl:
-            asked = pipeline.asked(shown, plan, rows, 0)
-            scored = reinforcement.scores_shown(run.rewards, asked)
+            without = shown._replace(dropout=transforms.EVERY_TEXT)
+            null = pipeline.batch(without, plan, rows, 0)
+        asked = pipeline.asked(shown, plan, rows, 0) if run.rl else ()
         found["sample"] = stages.sample_fn(
             run.config,
             run.mesh,
@@ -452,7 +448,7 @@ def _predict_fns(run: Run) -> dict[str, Any]:
             shown.context_length,
             raw.sample.steps,
             raw.sample.guidance,
-            scored=scored,
+            scored=reinforcement.scores_shown(run.rewards, asked) if run.rl else None,
         )
     if run.validation and run.rl:
         given = run.config, run.mesh, shown, run.rewards, raw.sample.steps, raw.sample.guidance

@@ -29,9 +29,6 @@ from dreamlite_jax.train.loop import Limit, Predictions
 from dreamlite_jax.train.rollouts import Rollouts, Table
 from dreamlite_jax.train.state import Params
 
-NEVER = transforms.Dropout(0.0, 0.0, 0.0, 0.0)
-EVERY_TEXT = transforms.Dropout(1.0, 1.0, 0.0, 0.0)
-
 
 class Limits(NamedTuple):
     """Where a run ends with a message and a checkpoint; means over the steps between two logs."""
@@ -107,7 +104,7 @@ def prompts_of(recipe: Recipe, settings: Rollouts) -> Recipe:
     """The recipe of a rollout's prompts, from that of its pictures: nothing is left out of them."""
     return recipe._replace(
         batch_size=recipe.batch_size // settings.group,
-        dropout=NEVER,
+        dropout=transforms.NEVER,
         with_null=settings.guidance != 1,
     )
 
@@ -286,7 +283,11 @@ def validation_fn(
     table, tasks = table_of(rewards), tasks_of(recipe)
     own, size = sharding.own_rows(mesh, recipe.batch_size), recipe.batch_size
     plan = pipeline.check(recipe)
-    measure = jax.jit(lambda s, task: rollouts.reward_metrics(table, s, task, tasks))
+
+    @jax.jit
+    def measured(scores: list[Array], task: list[Array]) -> dict[str, Array]:
+        both = jnp.concatenate(scores), jnp.concatenate(task)
+        return rollouts.reward_metrics(table, *both, tasks)
 
     def spread(k: int, recipe: Recipe) -> Any:
         return sharding.spread(pipeline.batch(recipe, plan, own, k), mesh, size)
@@ -294,7 +295,7 @@ def validation_fn(
     given = [
         (
             spread(k, recipe),
-            None if guidance == 1 else spread(k, recipe._replace(dropout=EVERY_TEXT)),
+            None if guidance == 1 else spread(k, recipe._replace(dropout=transforms.EVERY_TEXT)),
             pipeline.asked(recipe, plan, own, k),
         )
         for k in range(batches)
@@ -311,13 +312,12 @@ def validation_fn(
         return rollouts.to_bytes(stages.sampled(config, *given)[0])
 
     def predict(state: Any, frozen: Any, step: int) -> Predictions:
-        params = {**frozen, **state.ema}
-        found, scores, task = jax.random.key(seed), [], []
+        params, key = {**frozen, **state.ema}, jax.random.key(seed)
+        scores, task = [], [batch["task"] for batch, _, _ in given]
         for k, (batch, null, asked) in enumerate(given):
-            made = drawn(params, batch, null, jax.random.fold_in(found, k))
+            made = drawn(params, batch, null, jax.random.fold_in(key, k))
             scores.append(ask(rewards, made, asked, mesh))
-            task.append(batch["task"])
-        metrics = jax.device_get(measure(jnp.concatenate(scores), jnp.concatenate(task)))
-        return Predictions(metrics={f"val/{name}": value for name, value in metrics.items()})
+        found = jax.device_get(measured(scores, task))
+        return Predictions(metrics={f"val/{name}": value for name, value in found.items()})
 
     return predict
