@@ -1,5 +1,6 @@
 """The one loop. A stage is a tuple of plain functions; `fit` runs it, saves it, goes on with it."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -91,7 +92,7 @@ def fit(
     Raises:
       TrainingError: too many updates in a row were not finite, or a metric left its range. What was
         reached is saved.
-      UserError: of the stage's `batch_fn`, likewise.
+      UserError: of the data or the stage, likewise.
       checkpoint.CheckpointError: nothing can be saved or restored.
     """
     seed = jax.random.key(schedule.seed)
@@ -115,7 +116,10 @@ def fit(
 
         step_fn = compiled(stage.step_fn, state)
         clock, done, making = None, start, 0.0  # seconds that batch_fn took
-        with Writer(workdir, resumed_at=start or None) as writer:
+        with (
+            Writer(workdir, resumed_at=start or None) as writer,
+            kept(lambda: save(done, state), asked),
+        ):
             batches = batches_from(start) if start < schedule.steps else iter(())
             while done < schedule.steps:
                 _profile(schedule, workdir, done)
@@ -123,13 +127,7 @@ def fit(
                 if stage.batch_fn is not None:
                     jax.block_until_ready(state)  # its own time is no rollout's
                     began = time.monotonic()
-                    try:
-                        batch = stage.batch_fn(state, frozen, batch, key)
-                    except UserError:
-                        save(done, state)
-                        if asked():
-                            break
-                        raise
+                    batch = stage.batch_fn(state, frozen, batch, key)
                     making += time.monotonic() - began
                 state, found = step_fn(state, frozen, batch, key)
                 window.append(found)
@@ -141,11 +139,9 @@ def fit(
                     clock = Interval(done, time.monotonic())  # the first step was compiled
                     making = 0.0
                 if due(done, schedule.log_every) or done == schedule.steps:
-                    wrong = _log(writer, schedule, done, window, clock, making)
+                    found = _log(writer, schedule, done, window, clock, making)
                     window, clock, making = [], Interval(done, time.monotonic()), 0.0
-                    if wrong:
-                        save(done, state)
-                        raise TrainingError(wrong)
+                    _check(found, schedule, done)
                 pause = time.monotonic()
                 if due(done, schedule.sample_every) or done == schedule.steps:
                     _predict(stage, state, frozen, done, writer)
@@ -157,6 +153,21 @@ def fit(
                     logging.info("asked to leave: saved step %d of %d", done, schedule.steps)
                     break
     return state, done == schedule.steps
+
+
+@contextlib.contextmanager
+def kept(save: Callable[[], None], asked: Callable[[], bool]) -> Iterator[None]:
+    """What ends a run from outside (a reward's server that stays away, data that cannot be read, a
+    metric beyond its range) comes after its state was saved. Where the run was asked to leave
+    meanwhile, it just ends."""
+    try:
+        yield
+    except checkpoint.CheckpointError:
+        raise
+    except UserError:
+        save()
+        if not asked():
+            raise
 
 
 def compiled(step_fn: Callable, state: Any) -> Callable:
@@ -179,9 +190,8 @@ def due(step: int, every: int) -> bool:
 
 def _log(
     writer: Writer, schedule: Schedule, step: int, window: list, clock: Interval, making: float
-) -> str:
-    """Writes the means over the steps since the last time, and a line to the console; returns why
-    the run cannot go on, or nothing."""
+) -> dict[str, float]:
+    """Writes the means over the steps since the last time, and a line to the console."""
     steps = _fetched(window)
     found = {name: _mean([one[name] for one in steps]) for name in steps[-1]}
     found |= {name: steps[-1][name] for name in ("skipped", "streak") if name in found}
@@ -194,8 +204,13 @@ def _log(
     if jax.process_index() == 0:
         shown = {name: found[name] for name in SHOWN if name in found}
         print(metrics.progress_line(step, schedule.steps, shown, rates), flush=True)
+    return found
+
+
+def _check(found: Mapping[str, float], schedule: Schedule, step: int) -> None:
+    """Raises TrainingError where a run with these means cannot go on."""
     if found.get("streak", 0) > schedule.patience:
-        return (
+        raise TrainingError(
             f"{found['streak']:.0f} updates in a row up to step {step} had a loss or gradient that "
             "is not finite; lower optim.lr, or look at the data of these steps"
         )
@@ -205,7 +220,8 @@ def _log(
         for name, least, most in schedule.limits
         if found.get(name, math.nan) < least or found.get(name, math.nan) > most
     ]
-    return "; ".join(beyond)
+    if beyond:
+        raise TrainingError("; ".join(beyond))
 
 
 def _fetched(window: list) -> list[dict[str, float]]:
