@@ -23,6 +23,7 @@ from dreamlite_jax.diffusion import flow, sampling, sde
 from dreamlite_jax.objectives import grpo
 from dreamlite_jax.system import Condition, Texts
 from dreamlite_jax.train import sharding, stages
+from dreamlite_jax.train.optim import once
 from dreamlite_jax.train.state import Params, TrainState
 from dreamlite_jax.train.update import LossFn, Mean, StepFn, joined_rows, make_update, split_rows
 
@@ -278,7 +279,7 @@ def make_step(loss_fn: LossFn, optimisation: stages.Optimisation, updates: int) 
         def one(state: TrainState, at: Any):
             rows, number = at
             new, found = update(state, frozen, rows, jax.random.fold_in(key, number))
-            learns = (rows["weight"] > 0).any()
+            learns = once((rows["weight"] > 0).any())
             same = state._replace(step=new.step)
             return jax.tree.map(lambda a, b: jnp.where(learns, a, b), new, same), found
 
