@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 def base() -> ConfigDict:
     """Every key. Values marked "ours" have no public source."""
     config = ConfigDict()
-    config.stage = "diffusion"  # or "autoencoder"
+    config.stage = "diffusion"  # or "autoencoder", "grpo"
     config.seed = 0
     config.steps = 100_000
     config.batch_size = 256  # global
@@ -43,7 +43,8 @@ def base() -> ConfigDict:
     config.dropout = ConfigDict(
         {"t2i_text": 0.1, "edit_text": 0.05, "edit_both": 0.05, "edit_source": 0.05}
     )
-    # dreamlite_jax/objectives/: flow_matching.py, or autoencoding.py for that stage.
+    config.rl = ConfigDict()  # of the stage "grpo" alone: configs/rl_grpo.py has its keys
+    # dreamlite_jax/objectives/: flow_matching.py; autoencoding.py and grpo.py for their stages.
     config.loss = ConfigDict(
         {
             "density": "logit_normal",  # Esser et al. 2024
@@ -90,6 +91,11 @@ def quick(config: ConfigDict) -> ConfigDict:
     """Two steps of the smallest model on the shapes world, with whatever else a config sets."""
     config.steps, config.batch_size = 2, 8
     config.accumulation = min(config.accumulation, 2)
+    if config.stage == "grpo":
+        config.rl.group, config.rl.updates, config.rl.parts = 4, 2, 1
+        config.accumulation, config.rl.process.steps, config.rl.process.window = 1, 3, 1
+        config.rl.rewards = ({"reward": "shapes"}, {"reward": "saturation", "weight": 0.0})
+        config.rl.limits.dropped = 1.0
     config.image_size, config.max_ratio = 64, 1.0
     config.model, config.unet, config.init_from = "tiny", "nano", ""
     config.overrides = ConfigDict()

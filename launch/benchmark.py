@@ -1,9 +1,10 @@
 """Measures this project beside what people would otherwise use, in one run.
 
-    python -m launch.benchmark --suite=unet|sample|data
+    python -m launch.benchmark --suite=unet|sample|data|rl
 
 Prints one row a case: time of each contender, the ratio ours / theirs (below 1: ours is faster) and
-peak memory. Numbers are for the machine it runs on; quote the ratio. Needs the extra "parity".
+peak memory. Numbers are for the machine it runs on; quote the ratio. Needs the extra "parity" (not
+`rl`, which compares this project with itself).
 """
 
 import importlib
@@ -14,7 +15,7 @@ from absl import app, flags
 
 from launch.benchmarks.compare import Timing, compare
 
-_SUITES = ("unet", "sample", "data")
+_SUITES = ("unet", "sample", "data", "rl")
 _SUITE = flags.DEFINE_enum("suite", None, _SUITES, "What to measure.", required=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of every contender.", lower_bound=1)
 _ONLY = flags.DEFINE_string("only", "", "Regex: the cases to run.")
@@ -41,7 +42,7 @@ def row(case: str, timings: list[Timing]) -> str:
 def main(_: list[str]) -> None:
     suite = importlib.import_module(f"launch.benchmarks.{_SUITE.value}")
     print(f"{os.cpu_count()} CPU cores; medians of {_ROUNDS.value} turns\n")
-    headed: list[str] = []
+    headed, found = [], {}
     for case, contenders in suite.cases():
         if not re.search(_ONLY.value, case):
             continue
@@ -52,7 +53,10 @@ def main(_: list[str]) -> None:
             head = ["case", *names, *(f"{names[0]} / {name}" for name in names[1:])]
             print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
             headed = names
-        print(row(case, compare(contenders, _ROUNDS.value)), flush=True)
+        found[case] = compare(contenders, _ROUNDS.value)
+        print(row(case, found[case]), flush=True)
+    if hasattr(suite, "summary"):
+        print(f"\n{suite.summary(found)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from dreamlite_jax import cli
 from dreamlite_jax.data import pipeline
 from dreamlite_jax.train import config as train_config
-from dreamlite_jax.train import loop, metrics, sharding, signals
+from dreamlite_jax.train import loop, metrics, reinforcement, sharding, signals
 from launch import processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
@@ -66,7 +66,7 @@ def main() -> None:
         Path(WORKDIR.value),
         train_config.meta_of(run),
         lambda saved: train_config.check_resumed(run, saved),
-        train_config.flops_of_step(run) if metrics.peak_flops() else None,
+        train_config.flops_of_step(run) if metrics.peak_flops() and not run.rl else None,
     )
     if not done:
         sys.exit(signals.EXIT_TO_RESUME)
@@ -83,6 +83,9 @@ def report(run: train_config.Run) -> None:
         f"{jax.process_count()} processes; batch {raw.batch_size} = {mesh.size} devices x "
         f"{raw.batch_size // mesh.size // raw.accumulation} rows x accumulation {raw.accumulation}"
     )
+    if run.rl:
+        numbers = raw.batch_size, raw.accumulation, mesh.size
+        print(reinforcement.arithmetic(run.rl.rollouts, *numbers))
     for name, source, weight in run.recipe.streams:
         print(f"{name}: {len(source)} samples of {source.task}, weight {weight:g}")
 

@@ -154,6 +154,31 @@ def test_any_step_can_be_the_first():
     assert any((a["index"] != b["index"]).any() for a, b in itertools.pairwise(run))
 
 
+def test_what_is_asked_for_is_what_the_batch_holds():
+    """Captions, what edits start from, and which samples they are: enough for the judge."""
+    made = recipe(dropout=transforms.Dropout(0, 0, 0, 0))
+    plan, rows = pipeline.check(made), [1, 2, 6, 7]
+    batch, asked = pipeline.batch(made, plan, rows, 5), pipeline.asked(made, plan, rows, 5)
+    assert [one.caption for one in asked] == pipeline.captions(made, plan, rows, 5)
+    assert {one.task for one in asked} == set(TASKS)
+    for b, one in enumerate(asked):
+        at = {"settings": "quick", "split": "train", "task": one.task, "seed": 0}
+        assert one.metadata == {**at, "index": int(batch["index"][b])}
+        assert TASKS[batch["task"][b]] == one.task
+        if one.task == EDIT:
+            np.testing.assert_array_equal(pictures.to_bytes(batch["source"][b]), one.source)
+        else:
+            assert one.source is None
+
+
+def test_null_texts_beside_the_others_are_those_of_dropped_texts(prompter):
+    both = first(recipe(prompter=prompter, with_null=True, dropout=transforms.Dropout(0, 0, 0, 0)))
+    dropped = first(recipe(prompter=prompter, dropout=transforms.Dropout(1, 1, 0, 0)))
+    null = {k.removeprefix("null_"): v for k, v in both[0].items() if k.startswith("null_")}
+    assert {"input_ids", "attention_mask", "pixel_values", "drop"} <= null.keys()
+    assert_equal(null, {key: dropped[0][key] for key in null})
+
+
 def test_pictures_are_decoded_one_by_one():
     """A batch of large ones, all held at once, took hundreds of MiB and a third of the time."""
     opened, most = [], 0

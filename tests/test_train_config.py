@@ -16,7 +16,6 @@ from configs.shapes import autoencoder, phase1_t2i, phase3_joint
 from dreamlite_jax.data import transforms
 from dreamlite_jax.data.mixture import MixtureError
 from dreamlite_jax.models import unet
-from dreamlite_jax.objectives import autoencoding, flow_matching
 from dreamlite_jax.train import checkpoint, optim, stages
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train.config import ConfigError, settings_of
@@ -173,17 +172,13 @@ def test_every_quick_variant_opens(file, cache, tmp_path):
     config = config_of(file, "quick")
     config.model = str(cache / "model")
     run = train_config.opened(config, tmp_path)
-    assert run.schedule.steps == 2 and run.recipe.batch_size == 8
+    assert run.schedule.steps == 2 and run.schedule.batch_size == 8
     assert run.mesh.shape == {"data": 1, "fsdp": 1}
     trained, frozen = train_config.load_params(run)
     assert tuple(trained) == tuple(config.train)
     assert {*trained, *frozen} == set(train_config.networks_of(config))
     assert not trained.keys() & frozen.keys()
-    assert run.loss == (
-        flow_matching.Settings(**config.loss)
-        if config.stage == "diffusion"
-        else autoencoding.Settings(**config.loss)
-    )
+    assert run.loss == train_config.STAGES[config.stage](**config.loss)
 
 
 def test_a_tiny_model_is_made_in_the_workdir(quick, tmp_path):

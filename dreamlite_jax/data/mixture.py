@@ -40,6 +40,10 @@ class Source(Protocol):
     def read(self, index: int, size: Size) -> Any:
         """A `pipeline.Sample`, or `precomputed.Latents`, for a batch of `size`."""
 
+    def metadata(self, index: int) -> dict[str, Any]:
+        """A JSON object that tells rewards which sample it is; sources of precomputed samples, of
+        which no reward is asked, have none."""
+
 
 class Stream(NamedTuple):
     name: str

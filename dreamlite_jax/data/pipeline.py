@@ -46,6 +46,7 @@ class Batch(QwenInputs, total=False):
     target: NotRequired[np.ndarray]  # float32 [B, H, W, 3] in [-1, 1]
     source: NotRequired[np.ndarray]  # likewise; only with edits, 0 for T2I
     drop: NotRequired[np.ndarray]  # int32 [B], tokens of the template's prefix
+    # `null_input_ids`, `null_drop`, ...: the same of the null text, for guidance (`with_null`)
 
     target_latents: NotRequired[np.ndarray]  # float32 [B, h, w, c]
     source_latents: NotRequired[np.ndarray]  # likewise; only with edits, 0 for T2I
@@ -76,6 +77,7 @@ class Recipe(NamedTuple):
     dropout: Dropout = Dropout()
     prompter: Prompter | None = None  # None: no text (training an autoencoder), or precomputed
     text_length: int = 0  # tokens of a row with the template's; 0: `default_text_length`
+    with_null: bool = False  # batches hold the null text's inputs too, as `null_...`
 
     @property
     def edits(self) -> bool:
@@ -235,13 +237,12 @@ def batch(recipe: Recipe, plan: Plan, rows: Sequence[int], step: int) -> Batch:
         captions = [
             transforms.pick(view.captions, r.caption) for view, r in zip(views, random, strict=True)
         ]
-        out |= text_inputs(
-            recipe.prompter,
-            [NULL if null else c for c, null in zip(captions, without_text, strict=True)],
-            [view.seen for view in views],
-            recipe.length,
-            recipe.edits,
-        )
+        texts = [NULL if null else c for c, null in zip(captions, without_text, strict=True)]
+        given = [view.seen for view in views], recipe.length, recipe.edits
+        out |= text_inputs(recipe.prompter, texts, *given)
+        if recipe.with_null:
+            nothing = text_inputs(recipe.prompter, [NULL] * len(rows), *given)
+            out |= {f"null_{key}": array for key, array in nothing.items()}
     return out
 
 
@@ -258,6 +259,30 @@ def captions(recipe: Recipe, plan: Plan, rows: Sequence[int], step: int) -> list
         else:
             texts = source.read(index, size).captions
             out.append(transforms.pick(texts, transforms.choices(recipe.seed, step, row).caption))
+    return out
+
+
+class Asked(NamedTuple):
+    """What a row's picture is asked to be, for people and for rewards."""
+
+    task: str
+    caption: str
+    source: np.ndarray | None  # uint8 [H, W, 3], what an edit starts from
+    metadata: dict[str, Any]
+
+
+def asked(recipe: Recipe, plan: Plan, rows: Sequence[int], step: int) -> list[Asked]:
+    """What some rows of a step's global batch ask for; the samples are read again for it. Of
+    precomputed ones nothing is known."""
+    out = []
+    size = plan.buckets[mixture.bucket_of(plan, step)[0]]
+    drawn = mixture.rows_of(plan, step, recipe.batch_size, rows)
+    for row, (stream, index) in zip(rows, drawn, strict=True):
+        source, random = recipe.streams[stream].source, transforms.choices(recipe.seed, step, row)
+        at = random.crop if recipe.random_crop else (0.5, 0.5)
+        seen = view(source.read(index, size), size, recipe.latent_factor, at, see=False)
+        caption = transforms.pick(seen.captions, random.caption)
+        out.append(Asked(source.task, caption, seen.source, source.metadata(index)))
     return out
 
 

@@ -49,7 +49,7 @@ class ShapesSource:
         if split not in shapes.SPLITS:
             raise MixtureError(f"unknown split {split!r}; known are {', '.join(shapes.SPLITS)}")
         self.task, self._split, self._count, self._seed = task, split, count, seed
-        self._settings = shapes.SETTINGS[settings]
+        self._name, self._settings = settings, shapes.SETTINGS[settings]
         self.sizes = np.broadcast_to(np.int32(1), (count, 2))  # square
         self.fingerprint = digest(
             [dataclasses.asdict(self._settings), split, task, count, seed, shapes.VERSION]
@@ -66,6 +66,11 @@ class ShapesSource:
         edit = shapes.sample_edit(*at)
         pictures = (_drawn(scene, size) for scene in (edit.target, edit.source))
         return Sample([edit.instruction], size[::-1], *pictures)
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """Which sample it is; what the judge demands of it follows."""
+        at = {"settings": self._name, "split": self._split, "task": self.task}
+        return {**at, "seed": self._seed, "index": index}
 
 
 def _drawn(scene: shapes.Scene, size: Size) -> Image.Image:
@@ -93,6 +98,9 @@ class PreparedSource:
         # The text encoder sees the source at a size of its own.
         least = max(least, transforms.enough(*original, prompts.SEEN))
         return Sample(record["captions"], original, target, opened(record["source"], least))
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        return {"key": self._set[index]["key"]}
 
 
 def open_streams(

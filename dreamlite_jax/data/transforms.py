@@ -132,6 +132,9 @@ class Dropout(NamedTuple):
     edit_source: float = 0.05
 
 
+NEVER, EVERY_TEXT = Dropout(0.0, 0.0, 0.0, 0.0), Dropout(1.0, 1.0, 0.0, 0.0)
+
+
 class Choices(NamedTuple):
     """A row's random numbers, each uniform in [0, 1)."""
 

@@ -21,15 +21,15 @@ TIMESTEPS = 1000.0  # timestep = TIMESTEPS * sigma
 # --- Path and conversions -------------------------------------------------------------------------
 
 
-def _over(sigma: Array, x: Array) -> Array:
-    """sigma [] or [B] shaped to multiply x [B, ...]."""
+def over(sigma: Array, x: Array) -> Array:
+    """sigma [] or [B], float32, shaped to multiply x [B, ...]."""
     sigma = jnp.asarray(sigma, jnp.float32)
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - 1)) if sigma.ndim else sigma
 
 
 def path(x0: Array, noise: Array, sigma: Array) -> Array:
     """xt = (1 - sigma) x0 + sigma noise."""
-    sigma = _over(sigma, x0)
+    sigma = over(sigma, x0)
     return (1 - sigma) * x0 + sigma * noise
 
 
@@ -40,22 +40,22 @@ def velocity(x0: Array, noise: Array) -> Array:
 
 def x0_from_velocity(xt: Array, vt: Array, sigma: Array) -> Array:
     """x0 = xt - sigma vt."""
-    return xt - _over(sigma, xt) * vt
+    return xt - over(sigma, xt) * vt
 
 
 def noise_from_velocity(xt: Array, vt: Array, sigma: Array) -> Array:
     """noise = xt + (1 - sigma) vt."""
-    return xt + (1 - _over(sigma, xt)) * vt
+    return xt + (1 - over(sigma, xt)) * vt
 
 
 def velocity_from_x0(xt: Array, x0: Array, sigma: Array) -> Array:
     """vt = (xt - x0) / sigma; sigma > 0."""
-    return (xt - x0) / _over(sigma, xt)
+    return (xt - x0) / over(sigma, xt)
 
 
 def velocity_from_noise(xt: Array, noise: Array, sigma: Array) -> Array:
     """vt = (noise - xt) / (1 - sigma); sigma < 1."""
-    return (noise - xt) / (1 - _over(sigma, xt))
+    return (noise - xt) / (1 - over(sigma, xt))
 
 
 def timestep(sigma: Array) -> Array:
@@ -168,4 +168,5 @@ def sigma_list(steps: int, mu: float) -> np.ndarray:
     if steps < 1:
         raise ValueError(f"steps is {steps}, should be at least 1")
     even = np.linspace(1.0, 1 / steps, steps, dtype=np.float32)
-    return np.append(np.asarray(shift_sigma(even, mu)), np.float32(0))
+    with jax.ensure_compile_time_eval():  # numbers they are, within what is being compiled, too
+        return np.append(np.asarray(shift_sigma(even, mu)), np.float32(0))

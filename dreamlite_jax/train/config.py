@@ -1,6 +1,5 @@
 """From a config to a run: everything is checked first, and all that is wrong is said at once."""
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,22 +15,37 @@ from ml_collections import ConfigDict
 from dreamlite_jax import precompute, pretrained, system, tiny
 from dreamlite_jax.data import pipeline, streams, transforms
 from dreamlite_jax.data.pipeline import Recipe
-from dreamlite_jax.errors import UserError
 from dreamlite_jax.models import blocks, unet
 from dreamlite_jax.models.primitives import PLAIN
-from dreamlite_jax.objectives import autoencoding, flow_matching
-from dreamlite_jax.train import costs, optim, origins, sharding, stages
+from dreamlite_jax.objectives import autoencoding, flow_matching, grpo
+from dreamlite_jax.rewards import opening
+from dreamlite_jax.train import (
+    checks,
+    costs,
+    optim,
+    origins,
+    reinforcement,
+    rollouts,
+    sharding,
+    stages,
+)
+from dreamlite_jax.train.checks import (
+    AUTOENCODER,
+    DIFFUSION,
+    DTYPES,
+    GRPO,
+    ConfigError,
+    settings_of,
+)
 from dreamlite_jax.train.loop import Schedule, Stage
 from dreamlite_jax.train.state import Params
 
-DIFFUSION, AUTOENCODER = "diffusion", "autoencoder"
-STAGES = {DIFFUSION: flow_matching.Settings, AUTOENCODER: autoencoding.Settings}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+STAGES = {
+    DIFFUSION: flow_matching.Settings,
+    AUTOENCODER: autoencoding.Settings,
+    GRPO: grpo.Settings,
+}
 TINY = "tiny"
-
-
-class ConfigError(UserError):
-    """A config that cannot be run: all that is wrong with it, in one line."""
 
 
 class Run(NamedTuple):
@@ -48,6 +62,9 @@ class Run(NamedTuple):
     raw: ConfigDict
     model_dir: Path
     origins: dict[str, origins.Origin]  # of every network
+    rl: reinforcement.Settings | None = None  # of the stage "grpo", as what follows
+    rewards: tuple[opening.Weighted, ...] = ()
+    reference: origins.Origin | None = None
 
 
 # --- Checking -------------------------------------------------------------------------------------
@@ -69,7 +86,7 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
             problems.append(str(error))
             return None
 
-    problems += _wrong_numbers(raw)
+    problems += checks.wrong_numbers(raw)
     kind = STAGES.get(raw.stage)
     if kind is None:
         problems.append(f"stage is {raw.stage!r}, known are {', '.join(STAGES)}")
@@ -78,7 +95,7 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         problems += [f"loss.{problem}" for problem in loss.problems()]
     dropout = attempt(settings_of, transforms.Dropout, raw.dropout, "dropout")
     if dropout:
-        problems += _wrong_rates(dropout)
+        problems += checks.wrong_rates(dropout)
     optimiser = attempt(settings_of, optim.Settings, raw.optim, "optim")
     wrong_optimiser = optimiser.problems(raw.steps) if optimiser else []
     problems += [f"optim.{problem}" for problem in wrong_optimiser]
@@ -105,11 +122,15 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         if recipe:
             attempt(pipeline.check, recipe)
         if raw.validation:
-            never = transforms.Dropout(0.0, 0.0, 0.0, 0.0)
-            validation = attempt(_recipe, raw, "validation", config, never, model_dir)
+            given = "validation", config, transforms.NEVER, model_dir
+            validation = attempt(_recipe, raw, *given)
             if validation:
                 validation = validation._replace(random_crop=False)
                 attempt(pipeline.check, validation)
+    rl = attempt(reinforcement.settings_of, raw.rl, settings_of) if raw.stage == GRPO else None
+    if rl and mesh:
+        numbers = raw.batch_size, raw.accumulation, mesh.size
+        problems += reinforcement.problems(rl, *numbers, reinforcement.tasks_of(recipe))
     found = attempt(_origins, raw, workdir, model_dir)
     if config and found:
         used = {name: found[name] for name in networks_of(raw)}
@@ -118,6 +139,7 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
             problems += _not_precomputed(raw, used, model_dir)
     if problems:
         raise ConfigError("; ".join(dict.fromkeys(problems)))
+    for_rl = reinforcement.opened(rl, recipe, raw.init_from, model_dir) if rl else {}
     schedule = Schedule(
         steps=raw.steps,
         batch_size=raw.batch_size,
@@ -129,10 +151,11 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         sample_every=raw.sample.every,
         patience=raw.patience,
         profile_at=raw.profile_at,
+        limits=rl.limits.of_metrics() if rl else (),
     )
     return Run(
         config=config,
-        recipe=recipe,
+        recipe=for_rl.pop("recipe", recipe),
         validation=validation,
         mesh=mesh,
         rules=rules,
@@ -142,35 +165,15 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         raw=raw,
         model_dir=model_dir,
         origins=found,
+        rl=rl,
+        **for_rl,
     )
-
-
-def settings_of(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """A NamedTuple with defaults from a config's section.
-
-    Raises:
-      ConfigError: unknown keys, or values of another type than the default's.
-    """
-    defaults, values = kind._field_defaults, dict(values)
-    problems = [
-        f"{where}.{key} is unknown; known are {', '.join(defaults)}"
-        for key in sorted(values.keys() - defaults.keys())
-    ]
-    for key in values.keys() & defaults.keys():
-        wanted, value = type(defaults[key]), values[key]
-        if wanted is float and type(value) is int:
-            values[key] = float(value)
-        elif type(value) is not wanted:
-            problems.append(f"{where}.{key} is {value!r}, should be {wanted.__name__}")
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return kind(**values)
 
 
 def optimisation_of(raw: ConfigDict) -> stages.Optimisation:
     """How a config's parameters move."""
     settings = settings_of(optim.Settings, raw.optim, "optim")
-    tx = optim.make_tx(settings, raw.steps)
+    tx = optim.make_tx(settings, raw.steps * raw.rl.get("updates", 1))
     return stages.Optimisation(tx, raw.ema_decay, raw.accumulation, settings.clip, settings.trained)
 
 
@@ -186,52 +189,6 @@ def rules_of(raw: ConfigDict) -> tuple[sharding.Rule, ...]:
     return tuple((regex, spec) for regex, spec in raw.sharding) + sharding.RULES
 
 
-_POSITIVE = (
-    *("steps", "batch_size", "accumulation", "image_size", "threads"),
-    *("checkpoint.keep", "sample.rows", "sample.steps"),
-)
-_NOT_NEGATIVE = (
-    *("seed", "workers", "text_length", "patience", "profile_at"),
-    *("log.every", "checkpoint.every", "checkpoint.keep_every", "sample.every"),
-)
-
-
-def _wrong_numbers(raw: ConfigDict) -> list[str]:
-    found = []
-    for key in _POSITIVE:
-        if _at(raw, key) < 1:
-            found.append(f"{key} is {_at(raw, key)}, should be at least 1")
-    for key in _NOT_NEGATIVE:
-        if _at(raw, key) < 0:
-            found.append(f"{key} is {_at(raw, key)}, should not be negative")
-    if raw.seed >= 2**32:  # JAX would drop the upper bits
-        found.append(f"seed is {raw.seed}, should be below {2**32}")
-    if not math.isfinite(raw.sample.guidance):
-        found.append(f"sample.guidance is {raw.sample.guidance}, should be finite")
-    if not 0 <= raw.ema_decay < 1:
-        found.append(f"ema_decay is {raw.ema_decay}, should be in [0, 1)")
-    if raw.dtype not in DTYPES:
-        found.append(f"dtype is {raw.dtype!r}, known are {', '.join(DTYPES)}")
-    networks = ("vae",) if raw.stage == AUTOENCODER else ("unet", "text_encoder")
-    if not raw.train or set(raw.train) - set(networks):
-        found.append(f"train is {tuple(raw.train)}, should name some of {', '.join(networks)}")
-    if not raw.data:
-        found.append("data is empty; give at least one source")
-    return found
-
-
-def _wrong_rates(dropout: transforms.Dropout) -> list[str]:
-    found = [
-        f"dropout.{name} is {rate}, should be in [0, 1]"
-        for name, rate in dropout._asdict().items()
-        if not 0 <= rate <= 1
-    ]
-    of_edits = dropout.edit_text + dropout.edit_both + dropout.edit_source
-    if of_edits > 1 and not found:
-        found.append(f"the rates dropout.edit_* add up to {of_edits:g}, should be at most 1")
-    return found
-
-
 def _nothing_trained(raw: ConfigDict, config: system.Config, settings: optim.Settings) -> list[str]:
     """Names in `train` of which `optim.trained` chooses nothing."""
     found = []
@@ -244,12 +201,6 @@ def _nothing_trained(raw: ConfigDict, config: system.Config, settings: optim.Set
                 f"paths are such as {path}; leave {name} out of train, or change the regex"
             )
     return found
-
-
-def _at(raw: ConfigDict, key: str) -> Any:
-    for part in key.split("."):
-        raw = raw[part]
-    return raw
 
 
 def model_dir_of(raw: ConfigDict, workdir: str | os.PathLike) -> Path:
@@ -285,7 +236,7 @@ def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
             f"the U-Net takes latents of {network.in_channels} channels and gives "
             f"{network.out_channels}, but the autoencoder of {model_dir} has {channels}"
         )
-    if raw.stage == DIFFUSION and problems:
+    if raw.stage != AUTOENCODER and problems:
         raise ConfigError("; ".join(problems))
     blocks.split_remat(raw.remat)
     return config._replace(unet=network, vae=vae, remat=raw.remat)
@@ -333,13 +284,13 @@ def _recipe(
     model_dir: Path,
 ) -> Recipe:
     """Of the data under the key `where`."""
-    made_with, with_text = None, raw.stage == DIFFUSION
+    made_with, with_text = None, raw.stage != AUTOENCODER
     folders = [streams.precomputed_folder(entry, raw.image_size) for entry in raw[where]]
     used = [
         folder is not None and (entry.get("precomputed") or folder.is_dir())
         for entry, folder in zip(raw[where], folders, strict=True)
     ]
-    if with_text and any(used):
+    if raw.stage == DIFFUSION and any(used):  # rewards need the prompts and sources themselves
         made_with = precompute.made_with(
             model_dir, config, image_size=raw.image_size, max_ratio=raw.max_ratio
         )
@@ -386,6 +337,8 @@ def make_loss(run: Run):
     """The loss function of a run's stage."""
     if run.raw.stage == AUTOENCODER:
         return stages.autoencoder_loss(run.config, run.loss)
+    if run.rl:
+        return rollouts.policy_loss(run.config, run.rl.rollouts, run.loss)
     return stages.diffusion_loss(run.config, run.recipe.context_length, run.loss)
 
 
@@ -404,21 +357,23 @@ def flops_of_step(run: Run) -> float:
 def make_stage(run: Run) -> Stage:
     """The stage, with its parameters read and its evaluators ready."""
     trained, frozen = load_params(run)
-    loss_fn = make_loss(run)
-    return stages.make_stage(
-        loss_fn,
-        trained,
-        frozen,
-        run.optimisation,
-        run.mesh,
-        run.rules,
-        _predict_fns(run, loss_fn),
+    if run.reference:
+        given = "unet", run.reference, run.config.unet, run.raw.seed
+        frozen[rollouts.REFERENCE] = origins.load(*given)
+    loss_fn, how = make_loss(run), run.optimisation
+    stage = stages.make_stage(loss_fn, trained, frozen, how, run.mesh, run.rules, _predict_fns(run))
+    if not run.rl:
+        return stage
+    given = run.config, run.rl.rollouts, run.loss, run.rewards, run.recipe, run.mesh
+    return stage._replace(
+        step_fn=rollouts.make_step(loss_fn, how, run.rl.rollouts.updates),
+        batch_fn=reinforcement.make_batch_fn(*given),
     )
 
 
-def _predict_fns(run: Run, loss_fn) -> dict[str, Any]:
+def _predict_fns(run: Run) -> dict[str, Any]:
     raw, found = run.raw, {}
-    shown = (run.validation or run.recipe)._replace(dropout=transforms.Dropout(0.0, 0.0, 0.0, 0.0))
+    shown = (run.validation or run.recipe)._replace(dropout=transforms.NEVER)
     rows = range(min(raw.sample.rows, raw.batch_size))
     plan = pipeline.check(shown)
     batch = pipeline.batch(shown, plan, rows, 0)
@@ -427,8 +382,9 @@ def _predict_fns(run: Run, loss_fn) -> dict[str, Any]:
     else:
         null = None
         if raw.sample.guidance != 1:
-            every = transforms.Dropout(1.0, 1.0, 0.0, 0.0)
-            null = pipeline.batch(shown._replace(dropout=every), plan, rows, 0)
+            without = shown._replace(dropout=transforms.EVERY_TEXT)
+            null = pipeline.batch(without, plan, rows, 0)
+        asked = pipeline.asked(shown, plan, rows, 0) if run.rl else ()
         found["sample"] = stages.sample_fn(
             run.config,
             run.mesh,
@@ -438,8 +394,12 @@ def _predict_fns(run: Run, loss_fn) -> dict[str, Any]:
             shown.context_length,
             raw.sample.steps,
             raw.sample.guidance,
+            scored=reinforcement.scores_shown(run.rewards, asked) if run.rl else None,
         )
-    if run.validation:
+    if run.validation and run.rl:
+        given = run.config, run.mesh, shown, run.rewards, raw.sample.steps, raw.sample.guidance
+        found["validation"] = reinforcement.validation_fn(*given)
+    elif run.validation:
         rows = sharding.own_rows(run.mesh, raw.batch_size)
         batches = [
             sharding.spread(pipeline.batch(shown, plan, rows, k), run.mesh, raw.batch_size)
@@ -456,6 +416,7 @@ def meta_of(run: Run) -> dict[str, Any]:
         "config": run.raw.to_dict(),
         "data": pipeline.description(run.recipe),
         **origins.meta_of(run.config, run.origins, run.raw.train, run.model_dir),
+        **({"reference": origins.described(run.reference)} if run.reference else {}),
     }
 
 
@@ -464,7 +425,13 @@ def check_resumed(run: Run, saved: Mapping[str, Any]) -> None:
 
     Raises:
       mixture.MixtureError: the data changed and that is not allowed.
+      ConfigError: the reference of the policy is another.
     """
+    if run.reference and saved["reference"] != (now := origins.described(run.reference)):
+        raise ConfigError(
+            f"the policy was held to {saved['reference']}, now init_from gives {now}; restore it, "
+            "or begin in another workdir"
+        )
     found = pipeline.check_unchanged(saved["data"], run.recipe, run.raw.allow_changed_data)
     for line in found:
         logging.warning("going on with changed data: %s", line)

@@ -1,5 +1,7 @@
 """The one loop. A stage is a tuple of plain functions; `fit` runs it, saves it, goes on with it."""
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -40,6 +42,14 @@ class Stage(NamedTuple):
     predict_fns: Mapping[str, Callable[[Any, Any, int], Predictions]] = {}
 
 
+class Limit(NamedTuple):
+    """A metric's range, of its mean over the steps between two logs."""
+
+    metric: str
+    least: float = -math.inf
+    most: float = math.inf
+
+
 class Schedule(NamedTuple):
     """When a run does what, in steps; 0 for never."""
 
@@ -53,8 +63,10 @@ class Schedule(NamedTuple):
     sample_every: int = 1000
     patience: int = 20  # updates in a row that may be skipped because they are not finite
     profile_at: int = 0  # the step from which on a few are traced by JAX's profiler
+    limits: tuple[Limit, ...] = ()  # metrics that leave their range end the run
 
 
+SHOWN = ("loss", "reward", "grad_norm")  # on the console
 PROFILED = 5  # steps of a trace
 _ASK_EVERY = 10  # steps between questions whether another host was asked to leave
 
@@ -81,7 +93,9 @@ def fit(
       The state, and whether the last step was reached (False: asked to leave, and saved).
 
     Raises:
-      TrainingError: too many updates in a row were not finite.
+      TrainingError: too many updates in a row were not finite, or a metric left its range. What was
+        reached is saved.
+      UserError: of the data or the stage, likewise.
       checkpoint.CheckpointError: nothing can be saved or restored.
     """
     seed = jax.random.key(schedule.seed)
@@ -104,14 +118,20 @@ def fit(
             checkpoint.save(manager, step, state, rest)
 
         step_fn = compiled(stage.step_fn, state)
-        clock, done = None, start
-        with Writer(workdir, resumed_at=start or None) as writer:
+        clock, done, making = None, start, 0.0  # seconds that batch_fn took
+        with (
+            Writer(workdir, resumed_at=start or None) as writer,
+            kept(lambda: save(done, state), asked),
+        ):
             batches = batches_from(start) if start < schedule.steps else iter(())
             while done < schedule.steps:
                 _profile(schedule, workdir, done)
                 batch, key = next(batches), jax.random.fold_in(stream, done)
                 if stage.batch_fn is not None:
+                    jax.block_until_ready(state)  # its own time is no rollout's
+                    began = time.monotonic()
                     batch = stage.batch_fn(state, frozen, batch, key)
+                    making += time.monotonic() - began
                 state, found = step_fn(state, frozen, batch, key)
                 window.append(found)
                 done += 1
@@ -120,9 +140,11 @@ def fit(
                 if clock is None:
                     jax.block_until_ready(found)
                     clock = Interval(done, time.monotonic())  # the first step was compiled
+                    making = 0.0
                 if due(done, schedule.log_every) or done == schedule.steps:
-                    _log(writer, schedule, done, window, clock, flops_per_step)
-                    window, clock = [], Interval(done, time.monotonic())
+                    found = _log(writer, schedule, done, window, clock, making, flops_per_step)
+                    window, clock, making = [], Interval(done, time.monotonic()), 0.0
+                    _check(found, schedule, done)
                 pause = time.monotonic()
                 if due(done, schedule.sample_every) or done == schedule.steps:
                     _predict(stage, state, frozen, done, writer)
@@ -134,6 +156,21 @@ def fit(
                     logging.info("asked to leave: saved step %d of %d", done, schedule.steps)
                     break
     return state, done == schedule.steps
+
+
+@contextlib.contextmanager
+def kept(save: Callable[[], None], asked: Callable[[], bool]) -> Iterator[None]:
+    """What ends a run from outside (a reward's server that stays away, data that cannot be read, a
+    metric beyond its range) comes after its state was saved. Where the run was asked to leave
+    meanwhile, it just ends."""
+    try:
+        yield
+    except checkpoint.CheckpointError:
+        raise
+    except UserError:
+        save()
+        if not asked():
+            raise
 
 
 def compiled(step_fn: Callable, state: Any) -> Callable:
@@ -160,29 +197,40 @@ def _log(
     step: int,
     window: list,
     clock: Interval,
+    making: float,
     flops_per_step: float | None,
-) -> None:
+) -> dict[str, float]:
     """Writes the means over the steps since the last time, and a line to the console."""
     steps = _fetched(window)
     found = {name: _mean([one[name] for one in steps]) for name in steps[-1]}
     found |= {name: steps[-1][name] for name in ("skipped", "streak") if name in found}
-    rates = clock.rates(
-        step,
-        time.monotonic(),
-        schedule.steps,
-        schedule.batch_size,
-        flops_per_step,
-        metrics.peak_flops(),
-    )
-    writer.write(step, {**found, **rates.metrics()})
+    now, peak = time.monotonic(), metrics.peak_flops()
+    rates = clock.rates(step, now, schedule.steps, schedule.batch_size, flops_per_step, peak)
+    times = rates.metrics()
+    if making:
+        times[f"{metrics.TIME_PREFIX}batch_share"] = clock.share(making, now)
+    writer.write(step, {**found, **times})
     if jax.process_index() == 0:
-        shown = {name: found[name] for name in ("loss", "grad_norm") if name in found}
+        shown = {name: found[name] for name in SHOWN if name in found}
         print(metrics.progress_line(step, schedule.steps, shown, rates), flush=True)
+    return found
+
+
+def _check(found: Mapping[str, float], schedule: Schedule, step: int) -> None:
+    """Raises TrainingError where a run with these means cannot go on."""
     if found.get("streak", 0) > schedule.patience:
         raise TrainingError(
             f"{found['streak']:.0f} updates in a row up to step {step} had a loss or gradient that "
             "is not finite; lower optim.lr, or look at the data of these steps"
         )
+    beyond = [
+        f"{name} is {found[name]:.4g} up to step {step}, should be "
+        + (f"at least {least:g}" if found[name] < least else f"at most {most:g}")
+        for name, least, most in schedule.limits
+        if found.get(name, math.nan) < least or found.get(name, math.nan) > most
+    ]
+    if beyond:
+        raise TrainingError("; ".join(beyond))
 
 
 def _fetched(window: list) -> list[dict[str, float]]:

@@ -68,6 +68,10 @@ class Interval(NamedTuple):
         """The same, with a pause left out: compilation, a checkpoint, evaluation."""
         return self._replace(left_out=self.left_out + seconds)
 
+    def share(self, seconds: float, now: float) -> float:
+        """What share of the time up to `now` these seconds were."""
+        return seconds / max(now - self.start - self.left_out, 1e-9)
+
     def rates(
         self,
         step: int,

@@ -91,6 +91,12 @@ def choose(
     return {name: origin(name) for name in names}
 
 
+def described(origin: Origin) -> str:
+    """An origin with the step of its checkpoint, which says whether it is still the same."""
+    step = checkpoint.latest_step(origin.folder) if origin.kind == "run" else None
+    return str(origin) if step is None else f"{origin} at step {step}"
+
+
 def problems(origins: Mapping[str, Origin], config: system.Config) -> list[str]:
     """Networks whose origin holds another network than the run's config asks for, a line each."""
     found = []

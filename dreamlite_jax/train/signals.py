@@ -15,6 +15,14 @@ EXIT_TO_RESUME = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+_came: list[int] = []  # signals, of which the operating system knows no owner but the process
+
+
+def asked() -> bool:
+    """Whether a signal has come since `asked_to_leave` was entered."""
+    return bool(_came)
+
+
 @contextlib.contextmanager
 def asked_to_leave() -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether a signal has come; to be entered in the main thread.
@@ -22,19 +30,20 @@ def asked_to_leave() -> Iterator[Callable[[], bool]]:
     The second signal ends the process with 128 + its number (143 or 130), nothing is saved. On
     leaving, signals do again what they did before.
     """
-    came = []
+    _came.clear()
 
     def handle(number: int, _) -> None:
-        if came:
+        if _came:
             os._exit(128 + number)  # threads that still save would keep sys.exit waiting
-        came.append(number)
+        _came.append(number)
         name = signal.Signals(number).name
         os.write(2, f"{name}: saves and leaves; once more to leave at once\n".encode())
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
-        yield lambda: bool(came)
+        yield asked
     finally:
+        _came.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -164,9 +164,11 @@ def sample_fn(
     steps: int,
     guidance: float,
     seed: int = 0,
+    scored: Callable[[np.ndarray], Sequence[str]] | None = None,
 ) -> Callable[[Any, Any, int], Predictions]:
     """A predict_fn: a sheet of what the averaged network makes of the batch's conditions, always
-    from the same noise: source (of edits) | sample | target.
+    from the same noise: source (of edits) | sample | target; `scored` says something of every
+    sample, uint8 [B, H, W, 3].
 
     The few rows are not spread: every device makes all of them.
     """
@@ -182,12 +184,15 @@ def sample_fn(
         made, target = sampled(config, params, batch, null, noise, sigmas, context_length, guidance)
         made, target = (pictures.to_bytes(np.asarray(x)) for x in (made, target))
         rows = [[made[k], target[k]] for k in range(b)]
+        said = captions
+        if scored is not None:
+            said = [f"{a}: {b}" for a, b in zip(scored(made), captions, strict=True)]
         if "source" in batch:
             sources = pictures.to_bytes(np.asarray(batch["source"]))
             rows = [
                 [sources[k], *row] if batch["has_source"][k] else row for k, row in enumerate(rows)
             ]
-        return Predictions(pictures={"sample": pictures.contact_sheet(rows, captions, 128)})
+        return Predictions(pictures={"sample": pictures.contact_sheet(rows, said, 128)})
 
     return predict
 

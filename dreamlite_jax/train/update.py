@@ -98,6 +98,17 @@ def make_update(
     return update
 
 
+def split_rows(tree: Any, parts: int) -> Any:
+    """Arrays [B, ...] as [parts, B / parts, ...]: row r goes to part r % parts, so that each is
+    spread over all devices as the batch."""
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def joined_rows(tree: Any) -> Any:
+    """`split_rows`' inverse."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
 def gradients(
     loss_fn: LossFn,
     params: Params,
@@ -123,11 +134,7 @@ def gradients(
     if accumulation == 1:
         grads, metrics = part(batch, keys)
     else:
-        # Row r goes to micro-batch r % accumulation: each is spread over all devices as the batch.
-        def split(x):
-            return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
-
-        parts = jax.tree.map(split, (batch, keys))
+        parts = split_rows((batch, keys), accumulation)
         start = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
             jax.eval_shape(part, *jax.tree.map(lambda x: x[0], parts)),

@@ -1,0 +1,156 @@
+"""A reward that lives in another process, on another machine: `protocol` over HTTP.
+
+A server that does not answer is waited for; one that answers wrongly is asked again a few times.
+Either then raises, and never gives a score that the reward did not.
+"""
+
+import http.client
+import random
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+from dreamlite_jax.rewards import protocol
+from dreamlite_jax.rewards.base import EDIT, T2I, Requests, Reward, RewardError, checked
+from dreamlite_jax.rewards.shapes import examples
+
+# Statuses of a server, or of what stands before it, that is not there or overrun for now.
+_AWAY = (408, 429, 502, 503, 504)
+# Not by a proxy of the environment: reward servers are near.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Settings(NamedTuple):
+    batch_size: int = 16  # pictures of a request
+    concurrency: int = 4  # requests at a time
+    timeout: float = 120.0  # seconds that a request may take
+    attempts: int = 4  # wrong answers to a request until that is an error
+    patience: float = 600.0  # seconds that the server may be away
+    pause: float = 1.0  # seconds before asking again, doubled each time up to `longest_pause`
+    longest_pause: float = 30.0
+
+
+class _AwayError(Exception):
+    """Nobody answered, or not in time."""
+
+
+class _WrongError(Exception):
+    """An answer that is none."""
+
+
+def open_remote(
+    url: str, settings: Settings, interrupted: Callable[[], bool] = lambda: False
+) -> Reward:
+    """The reward of a server.
+
+    Args:
+      interrupted: whether waiting should end, as when the run was asked to leave.
+
+    Raises:
+      RewardError: nobody answers there (it is not waited for), or something that is no reward.
+    """
+    try:
+        body = _fetched(urllib.request.Request(url), min(settings.timeout, 20.0))
+        about = protocol.read_description(body)
+    except (_AwayError, _WrongError, RewardError) as error:
+        raise RewardError(
+            f"{url}: {error}; start the server first: python -m launch.serve_reward"
+        ) from error
+    shown = [e for e in examples() if (T2I if e.source is None else EDIT) in about["tasks"]]
+    reward = Reward(**about, score=None, examples=lambda: shown)
+
+    def score(images, prompts, sources, metadata) -> np.ndarray:
+        requests = Requests(images, prompts, sources, metadata)
+        n, size = len(images), settings.batch_size
+        batches = [requests.take(range(start, min(start + size, n))) for start in range(0, n, size)]
+
+        def ask(batch: Requests) -> np.ndarray:
+            return _asked(url, reward, batch, settings, interrupted)
+
+        with ThreadPoolExecutor(settings.concurrency) as pool:
+            waiting = [pool.submit(ask, batch) for batch in batches]
+            try:
+                return np.concatenate([one.result() for one in waiting])
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    return reward._replace(score=score)
+
+
+def _asked(
+    url: str,
+    reward: Reward,
+    batch: Requests,
+    settings: Settings,
+    interrupted: Callable[[], bool],
+) -> np.ndarray:
+    """The scores of one request, however often it has to be sent."""
+    wrong, tries, n, away_since = 0, 0, len(batch.images), None
+    while True:
+        name = uuid.uuid4().hex  # a new one each time: a late reply to an earlier try is none
+        body = protocol.request(name, batch)
+        header = {"Content-Type": "application/json"}
+        asked_at = time.monotonic()
+        try:
+            answer = _fetched(urllib.request.Request(url, body, header), settings.timeout)
+            try:
+                scores = checked(reward, protocol.read_reply(answer, name, n), n)
+            except ValueError as error:
+                raise _WrongError(str(error)) from error
+            if away_since is not None:
+                logging.info("%s is back", url)
+            return scores
+        except _WrongError as error:
+            wrong, away_since = wrong + 1, None
+            if wrong >= settings.attempts:
+                raise RewardError(
+                    f"reward {reward.name}: {url} answered wrongly {wrong} times: {error}"
+                ) from error
+            logging.warning("reward %s: %s: %s; asked again", reward.name, url, error)
+        except _AwayError as error:
+            away_since = asked_at if away_since is None else away_since
+            away = time.monotonic() - away_since
+            if away >= settings.patience:
+                raise RewardError(
+                    f"reward {reward.name}: {url} has been away for {away:.0f} s ({error}); start "
+                    "it, then run the same command again"
+                ) from error
+            logging.warning("reward %s: %s is away (%s): waiting", reward.name, url, error)
+        pause = min(settings.pause * 2**tries, settings.longest_pause)
+        tries += 1
+        _sleep(pause * random.uniform(0.75, 1.25), interrupted, reward)
+
+
+def _sleep(seconds: float, interrupted: Callable[[], bool], reward: Reward) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if interrupted():
+            raise RewardError(f"reward {reward.name}: asked to leave while its server was away")
+        time.sleep(min(left, 0.5))
+
+
+def _fetched(request: urllib.request.Request, timeout: float) -> bytes:
+    try:
+        with _OPENER.open(request, timeout=timeout) as answer:
+            return answer.read()
+    except urllib.error.HTTPError as error:
+        text = f"status {error.code}: {protocol.read_failure(error.read())}"
+        if error.code in _AWAY:
+            raise _AwayError(text) from error
+        if error.code < 500:
+            raise RewardError(f"{request.full_url}: {text}") from error
+        raise _WrongError(text) from error
+    except urllib.error.URLError as error:
+        raise _AwayError(str(error.reason)) from error
+    except (OSError, http.client.HTTPException) as error:  # cut off, or too slow, within the answer
+        raise _AwayError(f"{type(error).__name__} {error}".strip()) from error
+    except ValueError as error:
+        raise RewardError(f"{request.full_url}: {error}") from error

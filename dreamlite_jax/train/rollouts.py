@@ -1,0 +1,293 @@
+"""Reinforcement learning on the devices: rollouts of a policy, their rewards, updates from them.
+
+A rollout draws a group of pictures for every prompt of a batch by the current policy, all in one
+compiled function; rewards are asked on the host (`reinforcement.py`); `learnt_from` turns them into
+advantages; the step then makes one or more updates from the rollout.
+
+Shapes: P prompts, G pictures a group, B = P G rows in the order of their prompts, W random steps,
+R rewards; h and w latent pixels, c latent channels, C context tokens, F text feature width.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding
+
+from dreamlite_jax import system
+from dreamlite_jax.data.mixture import TASKS
+from dreamlite_jax.diffusion import flow, sampling, sde
+from dreamlite_jax.objectives import grpo
+from dreamlite_jax.system import Condition, Texts
+from dreamlite_jax.train import sharding, stages
+from dreamlite_jax.train.optim import once
+from dreamlite_jax.train.state import Params, TrainState
+from dreamlite_jax.train.update import LossFn, Mean, StepFn, joined_rows, make_update, split_rows
+
+REFERENCE = "reference"  # the U-Net that the policy started from, beside the frozen networks
+
+
+class Rollouts(NamedTuple):
+    """How a rollout is made and used."""
+
+    group: int = 16  # pictures of each prompt: G
+    updates: int = 1  # from every rollout, each of a part of its rows
+    parts: int = 1  # a rollout's rows are drawn in so many parts, one after the other
+    guidance: float = 1.0  # inside the policy; 1: none
+    process: grpo.Process = grpo.Process()
+
+
+# --- The policy -----------------------------------------------------------------------------------
+
+
+def conditions(
+    config: system.Config, params: Params, batch: Any, context_length: int
+) -> tuple[dict[str, Array], tuple[int, ...]]:
+    """What the policy is told of a batch's P rows, and the shape (h, w, c) of its latents.
+
+    `context` [P, C, F], `mask` [P, C], `source` [P, h, w, c], `time_ids` [P, 2], and with guidance
+    `null_context` and `null_mask`.
+    """
+    x0, at = stages.conditioned(config, params, batch, context_length)
+    found = {**at.texts._asdict(), "source": at.source, "time_ids": at.time_ids}
+    null = {k.removeprefix("null_"): v for k, v in batch.items() if k.startswith("null_")}
+    if null:
+        texts = stages.conditioned(config, params, {**batch, **null}, context_length)[1].texts
+        found |= {f"null_{name}": array for name, array in texts._asdict().items()}
+    return found, x0.shape[1:]
+
+
+def policy(config: system.Config, unet: Params, given: Any, guidance: float) -> sampling.VelocityFn:
+    """The velocity function of a U-Net under `conditions`: sigma may be a scalar or [rows]."""
+    texts = Texts(given["context"], given["mask"])
+    at = Condition(texts, given["source"], given["time_ids"])
+    if guidance == 1:
+        return sampling.plain(functools.partial(system.velocity, config, unet), at)
+
+    def velocity(xt: Array, sigma: Array, at: Condition) -> Array:
+        branches = xt.shape[0] // given["time_ids"].shape[0]
+        sigma = jnp.tile(sigma, branches) if jnp.ndim(sigma) else sigma
+        return system.velocity(config, unet, xt, sigma, at)
+
+    # The source stays: guidance is by the text alone.
+    nothing = at._replace(texts=Texts(given["null_context"], given["null_mask"]))
+    return sampling.single_guidance(velocity, nothing, at, guidance)
+
+
+# --- Rollouts -------------------------------------------------------------------------------------
+
+
+def make_rollout(
+    config: system.Config, settings: Rollouts, context_length: int, mesh: Mesh
+) -> Callable[..., tuple[dict[str, Any], Array, Array]]:
+    """`(params, frozen, batch, key, number) -> (rows, pictures, diversity)`, compiled.
+
+    Args of it:
+      params: of the policy, {"unet": ...}; frozen: the other networks, and `REFERENCE`.
+      batch: P prompts, of `data.pipeline`.
+      number: of the rollout, from 0; a sliding window follows it.
+
+    `rows` has what an update needs, [B, ...]: `grpo.Old`'s fields [B, W, ...] and `given`,
+    `conditions`; pictures uint8 [B, H, W, 3]; diversity float32 [P].
+    """
+    process = settings.process
+    spread = NamedSharding(mesh, sharding.ROWS)
+
+    def repeated(x: Array) -> Array:
+        return lax.with_sharding_constraint(jnp.repeat(x, settings.group, axis=0), spread)
+
+    def rollout(params: Params, frozen: Params, batch: Any, key: Array, number: Array):
+        networks, (for_window, for_rows) = {**frozen, **params}, jax.random.split(key)
+        given, shape = conditions(config, networks, batch, context_length)
+        given = jax.tree.map(repeated, given)
+        rows = given["time_ids"].shape[0]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(for_rows, jnp.arange(rows))
+        sigmas = flow.sigma_list(process.steps, flow.resolution_mu(*shape[:2], config.shift))
+        start = grpo.window_start(process, number, for_window)
+        draw = functools.partial(_draw, config, settings, networks, sigmas, start, shape)
+        if settings.parts == 1:
+            made, pictures = draw((given, keys))
+        else:
+            made, pictures = joined_rows(lax.map(draw, split_rows((given, keys), settings.parts)))
+        grouped = pictures.reshape(-1, settings.group, *pictures.shape[1:])
+        return {**made, "given": given}, pictures, grpo.diversity(grouped / 127.5 - 1)
+
+    return jax.jit(rollout)
+
+
+def _draw(
+    config: system.Config,
+    settings: Rollouts,
+    networks: Params,
+    sigmas: Array,
+    start: Array,
+    shape: tuple[int, ...],
+    rows: Any,
+) -> tuple[dict[str, Array], Array]:
+    """Pictures of some rows, and their random steps."""
+    (given, keys), process = rows, settings.process
+
+    def first(key: Array) -> Array:  # the steps have the numbers before this one
+        return jax.random.normal(jax.random.fold_in(key, process.steps), shape, jnp.float32)
+
+    velocity_fn = policy(config, networks["unet"], given, settings.guidance)
+    x0, steps = sde.sample(
+        velocity_fn,
+        jax.vmap(first)(keys),
+        sigmas,
+        process.form,
+        process.level,
+        start,
+        process.size,
+        keys,
+    )
+    reference_fn = policy(config, networks[REFERENCE], given, settings.guidance)
+
+    def reference(at: Any) -> Array:
+        xt, sigma, after = at
+        vt = reference_fn(xt, sigma)
+        return sde.gaussian(process.form, xt, vt, sigma, after, process.level)[0]
+
+    by_step = steps.xt.swapaxes(0, 1), steps.sigma, steps.after
+    made = {
+        **steps._asdict(),
+        "mean_reference": lax.map(reference, by_step).swapaxes(0, 1),
+        "sigma": jnp.broadcast_to(steps.sigma, steps.logp.shape),
+        "after": jnp.broadcast_to(steps.after, steps.logp.shape),
+    }
+    decoded = system.decode_latents(config, networks["vae"], x0)
+    return made, to_bytes(decoded)
+
+
+def to_bytes(values: Array) -> Array:
+    """`data.pictures.to_bytes` on the devices: float32 in [-1, 1] (clipped) -> uint8."""
+    return jnp.round(jnp.clip(values * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+
+
+# --- Rewards --------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """The rewards as the devices know them, in the order of their columns."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    tasks: tuple[tuple[str, ...], ...]  # that each is asked about
+
+
+def asked_of(table: Table, task: Array) -> Array:
+    """bool [..., R]: which rewards are asked about rows of these tasks, int [...]."""
+    known = jnp.array([[name in tasks for tasks in table.tasks] for name in TASKS])
+    return known[task]
+
+
+def reward_metrics(
+    table: Table, scores: Array, task: Array, tasks: Sequence[str]
+) -> dict[str, Array]:
+    """Of scores [n, R]: `reward`, the weighted sum's mean, and of every reward and task the mean,
+    deviation and quartiles."""
+    asked = asked_of(table, task)
+    total = jnp.where(asked, scores * jnp.array(table.weights), 0).sum(-1)
+    found = {"reward": total.mean()}
+    for k, (name, own) in enumerate(zip(table.names, table.tasks, strict=True)):
+        for one in [one for one in tasks if one in own]:
+            values = jnp.where(task == TASKS.index(one), scores[:, k], jnp.nan)
+            where = f"reward/{name}/{one}"
+            found |= {f"{where}/mean": jnp.nanmean(values), f"{where}/std": jnp.nanstd(values)}
+            quartiles = jnp.nanquantile(values, jnp.array([0.25, 0.5, 0.75]))
+            found |= {f"{where}/q{q}": quartiles[i] for i, q in enumerate((25, 50, 75))}
+    return found
+
+
+def learnt_from(
+    table: Table,
+    settings: grpo.Settings,
+    tasks: Sequence[str],
+    rows: Any,
+    scores: Array,
+    task: Array,
+    diversity: Array,
+) -> dict[str, Any]:
+    """The batch of a step: a rollout's rows with their advantages and weights, and metrics.
+
+    Args:
+      scores: float32 [B, R]; task: int32 [P]; diversity: float32 [P].
+      tasks: those that there are.
+    """
+    prompts = task.shape[0]
+    grouped = scores.reshape(prompts, -1, scores.shape[-1])
+    group, weights = grouped.shape[1], jnp.array(table.weights)
+    asked = asked_of(table, task)
+    advantage, kept = grpo.advantages(grouped, asked, weights, settings)
+    total = jnp.where(asked[:, None], grouped * weights, 0).sum(-1)
+    metrics = {
+        **reward_metrics(table, scores, jnp.repeat(task, group), tasks),
+        "spread": total.std(1).mean(),
+        "dropped": 1 - kept.mean(),
+        "diversity": diversity.mean(),
+    }
+    learnt = {"advantage": advantage.reshape(-1), "weight": grpo.row_weights(kept, group)}
+    return {"rows": {**rows, **learnt}, "metrics": metrics}
+
+
+# --- Updates --------------------------------------------------------------------------------------
+
+
+def policy_loss(config: system.Config, settings: Rollouts, loss: grpo.Settings) -> LossFn:
+    """GRPO on rows of `learnt_from`: all random steps of a row at once."""
+    process = settings.process
+
+    def loss_fn(trained: Params, frozen: Params, rows: Any, keys: Array):
+        del frozen, keys  # what the frozen networks gave lies in the rows; nothing is random
+        b, steps = rows["logp"].shape
+
+        def flat(x: Array) -> Array:
+            return x.reshape(b * steps, *x.shape[2:])
+
+        old = grpo.Old(*(flat(rows[name]) for name in grpo.Old._fields))
+        given, advantage = jax.tree.map(
+            lambda x: jnp.repeat(x, steps, axis=0), (rows["given"], rows["advantage"])
+        )
+        velocity_fn = policy(config, trained["unet"], given, settings.guidance)
+        found = grpo.losses(velocity_fn, old, advantage, process.form, process.level, loss)
+        found = jax.tree.map(lambda x: x.reshape(b, steps).mean(1), found)
+        kept = rows["weight"] > 0
+        deviation = jnp.abs(found.ratio - 1)
+        metrics = {
+            "ratio_deviation": Mean.of(deviation, kept),
+            "clipped": Mean.of(found.clipped, kept),
+            "kl": Mean.of(found.kl),
+        }
+        return (rows["weight"] * found.total).mean(), metrics
+
+    return loss_fn
+
+
+def make_step(loss_fn: LossFn, optimisation: stages.Optimisation, updates: int) -> StepFn:
+    """A step: so many updates, each from a part of the rollout's rows.
+
+    An update whose groups were all dropped changes nothing: neither would Adam's momentum, weight
+    decay nor the average stand still by themselves. Metrics are means over the updates, but
+    `ratio_deviation`, the first's: there it is what rounding leaves of 1.
+    """
+    update = make_update(loss_fn, *optimisation)
+
+    def step_fn(state: TrainState, frozen: Any, batch: Any, key: Array):
+        def one(state: TrainState, at: Any):
+            rows, number = at
+            new, found = update(state, frozen, rows, jax.random.fold_in(key, number))
+            learns = once((rows["weight"] > 0).any())
+            same = state._replace(step=new.step)
+            return jax.tree.map(lambda a, b: jnp.where(learns, a, b), new, same), found
+
+        rows = split_rows(batch["rows"], updates)
+        state, found = lax.scan(one, state, (rows, jnp.arange(updates)))
+        means = {name: jnp.nanmean(values) for name, values in found.items()}
+        means["loss"], means["ratio_deviation"] = found["loss"].mean(), found["ratio_deviation"][0]
+        means |= {name: found[name][-1] for name in ("skipped", "streak")}
+        return state, {**batch["metrics"], **means}
+
+    return step_fn

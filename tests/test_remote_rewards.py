@@ -1,0 +1,354 @@
+"""Rewards over HTTP: whatever a server does, nothing is lost and nothing mixed up."""
+
+import json
+import math
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import commands
+import numpy as np
+import pytest
+
+from dreamlite_jax.rewards import opening, protocol, remote, serving
+from dreamlite_jax.rewards.base import Requests, Reward, RewardError, scored, self_test
+
+QUICK = remote.Settings(
+    batch_size=2, concurrency=3, timeout=0.5, attempts=3, patience=5.0, pause=0.01
+)
+
+
+def identity(images, prompts, sources, metadata):
+    """The number that a picture, a prompt and its metadata agree on."""
+    numbers = [int(image[0, 0, 0]) for image in images]
+    assert numbers == [int(prompt) for prompt in prompts] == [at["number"] for at in metadata]
+    assert all(s is None or s[0, 0, 1] == n for s, n in zip(sources, numbers, strict=True))
+    return [float(number) for number in numbers]
+
+
+IDENTITY = Reward("identity", identity, 0.0, 100.0)
+
+
+def requests_of(numbers):
+    images = [np.full((3, 2, 3), n, np.uint8) for n in numbers]
+    sources = [None if n % 2 else np.full((2, 4, 3), n, np.uint8) for n in numbers]
+    return Requests(images, [str(n) for n in numbers], sources, [{"number": n} for n in numbers])
+
+
+def started(server):
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+@pytest.fixture
+def serve():
+    made = []
+
+    def start(reward=IDENTITY, port=0):
+        made.append(serving.server(reward, port=port))
+        return started(made[-1])
+
+    yield start
+    for server in made:
+        server.shutdown()
+        server.server_close()
+
+
+class Script:
+    """A server that answers requests in turn as a list of functions says, and then properly.
+
+    A function gets the request's id and the right scores, and gives a status and a body.
+    """
+
+    def __init__(self, *answers):
+        self.answers, self.seen, self.lock = list(answers), 0, threading.Lock()
+        script = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.answer(200, protocol.describe(IDENTITY))
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                name, requests = protocol.read_request(body)
+                with script.lock:
+                    script.seen += 1
+                    given = script.answers.pop(0) if script.answers else proper
+                found = given(name, identity(*requests))
+                if found is not None:
+                    self.answer(*found)
+
+            def answer(self, status, body):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # clients that have gone
+        self.url = started(self.server)
+
+
+def proper(name, scores):
+    return 200, protocol.reply(name, scores)
+
+
+@pytest.fixture
+def script():
+    made = []
+
+    def start(*answers):
+        made.append(Script(*answers))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.server.shutdown()
+        one.server.server_close()
+
+
+# --- Answers --------------------------------------------------------------------------------------
+
+
+def test_scores_come_back_in_order(serve):
+    reward = remote.open_remote(serve(), QUICK)
+    assert (reward.name, reward.least, reward.most) == ("identity", 0.0, 100.0)
+    numbers = [7, 3, 9, 1, 4, 4, 8]
+    assert scored(reward, requests_of(numbers)).tolist() == numbers
+    assert scored(reward, requests_of([])).shape == (0,)
+
+
+def slow(name, scores):
+    time.sleep(1.0)  # longer than the client waits
+    return proper(name, scores)
+
+
+def late(name, scores):
+    """Batches that come later are answered sooner."""
+    time.sleep(0.3 - 0.02 * scores[0])
+    return proper(name, scores)
+
+
+def out_of_order(name, scores):
+    listed = [{"item": k, "score": s} for k, s in enumerate(scores)][::-1]
+    return 200, json.dumps({"id": name, "scores": listed}).encode()
+
+
+def of_another(name, scores):
+    return 200, protocol.reply("another", [0.0] * len(scores))
+
+
+def short(name, scores):
+    return 200, protocol.reply(name, scores[:-1])
+
+
+def twice(name, scores):
+    listed = [{"item": 0, "score": 1.0}] * (len(scores) + 1)
+    return 200, json.dumps({"id": name, "scores": listed}).encode()
+
+
+def nested(name, scores):
+    listed = [{"item": k, "score": [s]} for k, s in enumerate(scores)]
+    return 200, json.dumps({"id": name, "scores": listed}).encode()
+
+
+def nan(name, scores):
+    return 200, protocol.reply(name, [math.nan] * len(scores))
+
+
+def beyond(name, scores):
+    return 200, protocol.reply(name, [1e6] * len(scores))
+
+
+def garbage(name, scores):
+    return 200, b"<html>a proxy says hello</html>"
+
+
+def failing(name, scores):
+    return 500, protocol.failure(RuntimeError("out of memory"))
+
+
+def overrun(name, scores):
+    return 503, b"later"
+
+
+def silent(name, scores):
+    """Closes without a word."""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(slow, late, out_of_order, of_another, short, twice, nested, nan, beyond, garbage),
+        *(failing, overrun, silent),
+    ],
+)
+def test_whatever_a_server_does_once_each_picture_has_its_own_score(answer, script):
+    made = script(answer, answer)
+    numbers = [5, 2, 8, 6, 1]
+    found = scored(remote.open_remote(made.url, QUICK), requests_of(numbers))
+    assert found.tolist() == numbers
+    assert made.seen == 3 + (0 if answer in (late, out_of_order) else 2)
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (of_another, "answered wrongly 3 times: a reply to another request"),
+        (short, "answered wrongly 3 times: scores of items [0] for 2 pictures"),
+        (nan, "answered wrongly 3 times: reward identity: 2 of 2 scores are nan"),
+        (beyond, "a score of 1e+06 is outside of its range 0 to 100"),
+        (garbage, "answered wrongly 3 times"),
+        (failing, "status 500: RuntimeError: out of memory"),
+        (lambda *_: (400, protocol.failure(ValueError("no"))), "status 400: ValueError: no"),
+    ],
+)
+def test_a_server_that_goes_on_answering_wrongly_ends_it(answer, message, script):
+    reward = remote.open_remote(script(*[answer] * 9).url, QUICK)
+    with pytest.raises(RewardError) as error:
+        scored(reward, requests_of([1, 2]))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# --- Servers that go ------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_server_that_dies_and_comes_back(serve):
+    port = free_port()
+    first = serving.server(IDENTITY, port=port)
+    reward = remote.open_remote(started(first), QUICK)
+    assert scored(reward, requests_of([1, 2])).tolist() == [1, 2]
+    first.shutdown()
+    first.server_close()
+    later = threading.Timer(0.6, serve, kwargs={"port": port})
+    later.start()
+    began = time.monotonic()
+    assert scored(reward, requests_of([9, 4, 6])).tolist() == [9, 4, 6]
+    assert time.monotonic() - began > 0.5
+    later.join()
+
+
+def gone():
+    server = serving.server(IDENTITY)
+    url = started(server)
+    return server, url
+
+
+@pytest.mark.parametrize("patience", [0.0, 0.4])
+def test_a_server_that_stays_away_is_an_error_in_time(patience):
+    server, url = gone()
+    reward = remote.open_remote(url, QUICK._replace(patience=patience))
+    server.shutdown()
+    server.server_close()
+    began = time.monotonic()
+    with pytest.raises(RewardError, match=r"has been away for .*; start it, then run the same"):
+        scored(reward, requests_of([1, 2, 3]))
+    assert patience <= time.monotonic() - began < patience + 2
+
+
+def test_waiting_ends_when_the_run_is_asked_to_leave():
+    server, url = gone()
+    asked = threading.Event()
+    reward = remote.open_remote(url, QUICK._replace(patience=60, pause=30.0), asked.is_set)
+    server.shutdown()
+    server.server_close()
+    threading.Timer(0.3, asked.set).start()
+    began = time.monotonic()
+    with pytest.raises(RewardError, match="asked to leave while its server was away"):
+        scored(reward, requests_of([1]))
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (None, "start the server first"),
+        (b"{}", "it does not describe a reward: 'range'"),
+        (b"hello", "it does not describe a reward"),
+        (b'{"name": "x", "range": [0, 1], "tasks": ["draw"], "needs": []}', "known are"),
+    ],
+)
+def test_what_is_no_reward_server_is_found_at_once(body, message, script, monkeypatch):
+    url = f"http://127.0.0.1:{free_port()}"
+    if body is not None:
+        url = script().url
+        monkeypatch.setattr(protocol, "describe", lambda _: body)
+    with pytest.raises(RewardError) as error:
+        opening.open_rewards([{"reward": url}])
+    assert message in str(error.value) and url in str(error.value)
+
+
+# --- The server -----------------------------------------------------------------------------------
+
+
+def test_a_hosted_reward_is_the_reward(serve):
+    """The judge behind HTTP passes the self-test, and says what it says here."""
+    entry = {"reward": serve(opening.BUILT_IN["shapes"]), "name": "far", "batch_size": 3}
+    ((reward, _, tasks),) = opening.open_rewards([entry])
+    assert (reward.name, tasks) == ("far", ("t2i", "edit"))
+    self_test(reward)
+    examples = opening.BUILT_IN["shapes"].examples()
+    images = [e.good for e in examples] + [e.bad for e in examples]
+    pairs = [[e[k] for e in examples] * 2 for k in (2, 3, 4)]
+    given = Requests(images, *pairs)
+    np.testing.assert_array_equal(scored(reward, given), scored(opening.BUILT_IN["shapes"], given))
+
+
+def test_a_reward_that_fails_leaves_the_server_up(serve):
+    def fussy(images, prompts, sources, metadata):
+        if "bad" in prompts:
+            raise RuntimeError("no such prompt")
+        return [1.0] * len(images)
+
+    reward = remote.open_remote(serve(Reward("fussy", fussy)), QUICK)
+    image = [np.zeros((2, 2, 3), np.uint8)]
+    with pytest.raises(RewardError, match="RuntimeError: no such prompt"):
+        scored(reward, Requests(image, ["bad"], [None], [{}]))
+    assert scored(reward, Requests(image, ["good"], [None], [{}])).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (b"x", "JSONDecodeError"),
+        (b"[]", "no request"),
+        (b'{"id": "a"}', "no request: KeyError 'items'"),
+        (b'{"id": "a", "items": [{"prompt": "p", "image": "AAAA"}]}', "not a PNG"),
+    ],
+)
+def test_requests_that_are_none(body, message, serve):
+    with pytest.raises(RewardError) as error:
+        remote._fetched(remote.urllib.request.Request(serve(), body), 2.0)
+    assert "status 400" in str(error.value) and message in str(error.value)
+
+
+def test_pictures_travel_to_the_bit():
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    np.testing.assert_array_equal(protocol.unpacked(protocol.packed(image)), image)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("beauty", "known are hpsv3, editreward, shapes"),
+        ("no_module:x", "No module named 'no_module'"),
+        ("math:nothing", "has no attribute 'nothing'"),
+        ("math:pi", "neither a function nor a Reward"),
+        ("hpsv3", "No module named 'hpsv3'"),
+        ("editreward", "No module named 'EditReward'"),
+    ],
+)
+def test_rewards_that_cannot_be_served(name, message, capsys):
+    assert commands.run("serve_reward", f"--reward={name}") == 2
+    assert message in capsys.readouterr().err
