@@ -318,6 +318,6 @@ def validation_fn(
             made = drawn(params, batch, null, jax.random.fold_in(key, k))
             scores.append(ask(rewards, made, asked, mesh))
         found = jax.device_get(measured(scores, task))
-        return Predictions(metrics={f"val/{name}": value for name, value in found.items()})
+        return Predictions(metrics={f"val/{name}": float(value) for name, value in found.items()})
 
     return predict
