@@ -96,6 +96,7 @@ def quick(config: ConfigDict) -> ConfigDict:
         config.accumulation, config.rl.process.steps, config.rl.process.window = 1, 3, 1
         config.rl.rewards = ({"reward": "shapes"}, {"reward": "saturation", "weight": 0.0})
         config.rl.limits.dropped = 1.0
+        config.loss.clip, config.loss.guard = 1e-3, True
     config.image_size, config.max_ratio = 64, 1.0
     config.model, config.unet, config.init_from = "tiny", "nano", ""
     config.overrides = ConfigDict()
