@@ -114,8 +114,9 @@ class ResnetBlock(nn.Module):
         inner = 2 * self.features if self.separable else self.features
         h = self.ops.silu(GroupNorm(self.groups, self.eps, self.ops, name="norm1")(x))
         h = conv(inner, "conv1")(h)
-        temb = Linear(inner, True, self.dtype, self.ops, name="time_emb_proj")(self.ops.silu(temb))
-        h = add_bias(h, temb[:, None, None, :])
+        temb = self.ops.silu(temb)[:, None, None, :]
+        temb = Linear(inner, True, self.dtype, self.ops, name="time_emb_proj")(temb)
+        h = add_bias(h, temb)
         h = self.ops.silu(GroupNorm(self.groups, self.eps, self.ops, name="norm2")(h))
         h = conv(self.features, "conv2")(h)
         if x.shape[-1] != self.features:
