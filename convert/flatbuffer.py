@@ -1,4 +1,4 @@
-"""What stands in a .tflite file: operations and tensors, and what the GPU accelerator makes of them.
+"""What stands in a .tflite file, and what the GPU accelerator makes of it.
 
 `lint` knows the graphs that LiteRT's accelerator (ML Drift) refuses, and those that it runs, and
 reports as fully accelerated, with wrong results. The rules were found by running such graphs.

@@ -1,4 +1,4 @@
-"""A bundle's manifest: what it must say (`manifest.schema.json`), and whether its files are the ones
+"""A bundle's manifest: what it must say (`manifest.schema.json`), and whether the files are those
 that it speaks of.
 
 No JAX: whoever receives a bundle checks it with this.

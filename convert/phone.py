@@ -1,4 +1,4 @@
-"""What an app on a phone does with a bundle: a prompt (and a picture) to a picture with LiteRT alone.
+"""What an app does with a bundle: a prompt (and a picture) to a picture, with LiteRT alone.
 
 NumPy, a tokenizer and LiteRT; no JAX. It is the reference for an app's code: read it from top to
 bottom. Graphs are opened one after another and closed again, so that only one is ever in memory.
@@ -161,33 +161,36 @@ def read_embeddings(file: str | Path) -> tuple[Context, Context | None]:
     return Context(found["context"], found["mask"]), null
 
 
-def golden(bundle: Bundle) -> bool:
-    """Replays each golden case, prints how near every result comes, and tells if all are near."""
-    passed = True
+class Verdict(NamedTuple):
+    """A result beside the golden one, and the dB that it must reach."""
 
-    def verdict(what: str, ours: np.ndarray, expected: np.ndarray, demand: float) -> None:
-        nonlocal passed
-        reached = manifest.psnr(ours, expected)
-        passed = passed and reached >= demand
-        word = "ok" if reached >= demand else "FAIL"
-        print(f"{word:4} {what}: {reached:.1f} dB (at least {demand:g})", flush=True)
+    what: str
+    ours: np.ndarray
+    expected: np.ndarray
+    demand: float
 
-    for mode, entry in bundle.manifest["golden"].items():
-        place = bundle.accelerator if bundle.accelerator == "cpu" else f"gpu_{bundle.precision}"
-        demand = entry["tolerance"][place]
-        with np.load(bundle.folder / entry["arrays"]) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-        texts, null = read_embeddings(bundle.folder / entry["arrays"])
-        if mode == "generate" and "text_encoder" in bundle.manifest["components"]:
-            ours, n = encode_prompt(bundle, entry["prompt"]).context, int(texts.mask.sum())
-            verdict(f"{mode}: text", ours[:, :n], texts.context[:, :n], demand)
-        source = np.zeros_like(found["noise"])
-        if "source" in entry:
-            source = encode_image(bundle, read_picture(bundle.folder / entry["source"]))
-            verdict(f"{mode}: source latent", source, found["source"], demand)
-        steps = denoise(bundle, found["noise"], texts, null, source)
-        for i, (xt, expected) in enumerate(zip(steps, found["latents"], strict=True)):
-            verdict(f"{mode}: step {i + 1}", xt, expected, demand)
-        picture = np.asarray(read_picture(bundle.folder / entry["picture"]))
-        verdict(f"{mode}: picture", decode(bundle, xt), picture, demand)
-    return passed
+    @property
+    def reached(self) -> float:
+        return manifest.psnr(self.ours, self.expected)
+
+
+def replay(bundle: Bundle, mode: str) -> Iterator[Verdict]:
+    """A golden case from its inputs on: the text, the source, every step, the picture."""
+    entry = bundle.manifest["golden"][mode]
+    place = bundle.accelerator if bundle.accelerator == "cpu" else f"gpu_{bundle.precision}"
+    demand = entry["tolerance"][place]
+    with np.load(bundle.folder / entry["arrays"]) as arrays:
+        found = {name: arrays[name] for name in arrays.files}
+    texts, null = read_embeddings(bundle.folder / entry["arrays"])
+    if mode == "generate" and "text_encoder" in bundle.manifest["components"]:
+        ours, n = encode_prompt(bundle, entry["prompt"]).context, int(texts.mask.sum())
+        yield Verdict(f"{mode}: text", ours[:, :n], texts.context[:, :n], demand)
+    source = np.zeros_like(found["noise"])
+    if "source" in entry:
+        source = encode_image(bundle, read_picture(bundle.folder / entry["source"]))
+        yield Verdict(f"{mode}: source latent", source, found["source"], demand)
+    steps = denoise(bundle, found["noise"], texts, null, source)
+    for i, (xt, expected) in enumerate(zip(steps, found["latents"], strict=True)):
+        yield Verdict(f"{mode}: step {i + 1}", xt, expected, demand)
+    picture = np.asarray(read_picture(bundle.folder / entry["picture"]))
+    yield Verdict(f"{mode}: picture", decode(bundle, xt), picture, demand)

@@ -8,6 +8,8 @@ Integers are *dynamic*: the CPU multiplies integers, the accelerator widens the 
 that a DEQUANTIZE operation widens do not compile on the accelerator.)
 """
 
+import contextlib
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -52,7 +54,8 @@ def write(source: str | os.PathLike, target: str | os.PathLike, parts: Recipe) -
         quantizer = aeq.Quantizer(content)
         for regex, kind in parts:
             _add(quantizer, regex if regex == ".*" else f".*(?:{regex}).*", kind)
-        content = quantizer.quantize().quantized_model
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+            content = quantizer.quantize().quantized_model  # it reports its progress at length
     with replaced_file(target) as stream:
         stream.write(content)
 

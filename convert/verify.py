@@ -8,6 +8,7 @@ GPU the accelerator runs on a software Vulkan driver (`make gpu-driver`); its ve
 semantics and half precision, not on a phone's speed or memory.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -15,9 +16,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 import numpy as np
+from jax import Array
 
 from convert.lowering import Graph
 from convert.phone import sinusoids
@@ -83,8 +87,13 @@ def case(name: str, graph: Graph, config: Config, params: Params, seed: int = 0)
     else:
         x = rng.uniform(-1, 1, shapes["image"]).astype(np.float32)
         method, entry = "encode", "image"
-    y = network.apply({"params": params}, x.transpose(0, 2, 3, 1), method=method)
+    y = _applied(network, params, x.transpose(0, 2, 3, 1), method=method)
     return Case({entry: x}, np.asarray(y).transpose(0, 3, 1, 2))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "method"))
+def _applied(network: nn.Module, params: Params, *inputs: Any, method: str | None = None) -> Array:
+    return network.apply({"params": params}, *inputs, method=method)
 
 
 def _unet_case(rng, graph: Graph, shapes: dict, config: Config, params: Params) -> Case:
@@ -96,9 +105,8 @@ def _unet_case(rng, graph: Graph, shapes: dict, config: Config, params: Params) 
     factor = config.vae.factor
     size = [sample.shape[3] // 2 * factor, sample.shape[2] * factor]
     time_ids = np.array([size], np.float32)
-    network = UNet(config.unet)
-    y = network.apply(
-        {"params": params}, sample.transpose(0, 2, 3, 1), timestep, context, mask, time_ids
+    y = _applied(
+        UNet(config.unet), params, sample.transpose(0, 2, 3, 1), timestep, context, mask, time_ids
     )
     inputs = {"sample": sample, "encoder_hidden_states": context, "encoder_attention_mask": mask}
     inputs |= {"timestep": timestep, "time_ids": time_ids}
@@ -120,7 +128,7 @@ def _text_case(rng, length: int, config: Config, params: Params) -> Case:
         "attention_mask": np.ones((1, length), bool),
         "position_ids": np.broadcast_to(np.arange(length, dtype=np.int32), (1, 3, length)),
     }
-    hidden = Qwen3VL(config.text_encoder).apply({"params": params}, inputs)
+    hidden = _applied(Qwen3VL(config.text_encoder), params, inputs)
     table = np.asarray(params["model"]["language_model"]["embed_tokens"]["embedding"])
     return Case({"inputs_embeds": table[ids].astype(np.float32)}, np.asarray(hidden)[:, drop:])
 
