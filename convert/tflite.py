@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from convert import flatbuffer, graphs, lowering, quantize, verify
+from convert import flatbuffer, graphs, lowering, manifest, quantize, verify
 from convert.parts import (
     LENGTH,
     PARTS,
@@ -95,7 +95,7 @@ def check(name: str, config: system.Config, params: pretrained.Params, out: Path
     lowering.write(made, file)
     case = verify.case(name, made[0], config, params)
     (output,) = verify.run(file, made[0].signature, [case.inputs])
-    reached, demand = verify.psnr(output, case.expected), verify.DEMANDS["cpu", "fp32"]
+    reached, demand = manifest.psnr(output, case.expected), verify.DEMANDS["cpu", "fp32"]
     print(f"{name} at {CHECK.value} px on the CPU: {reached:.1f} dB of JAX", flush=True)
     file.unlink()
     if reached < demand:

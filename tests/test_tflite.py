@@ -236,19 +236,18 @@ def open_shape(graph):
 
 
 def reuse_output(graph):
-    graph.outputs[0] = graph.operators[0].outputs[0]
+    graph.outputs = [graph.operators[0].outputs[0]]
 
 
 def same_operand(graph):
     subtraction = graph.operators[-1]
-    subtraction.inputs[1] = subtraction.inputs[0]
+    subtraction.inputs = [subtraction.inputs[0]] * 2
 
 
 def constant_input(graph):
     operation = graph.operators[-1]
-    constants = [i for o in graph.operators for i in o.inputs if graph.tensors[i].buffer]
-    constants = [i for i in constants if i not in graph.inputs]
-    operation.inputs[0] = operation.inputs[1] = constants[-1]
+    (constant,) = set(operation.inputs) - set(graph.inputs)
+    operation.inputs = [constant, constant]
 
 
 @pytest.mark.parametrize(

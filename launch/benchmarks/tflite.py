@@ -5,7 +5,6 @@ ONNX Runtime gets what PyTorch exports of diffusers' networks, all run float32 o
 Files are lowered once, into runs/tflite, because the U-Net's take a minute each.
 """
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import numpy as np
 from launch.benchmarks.compare import Contender
 
 FOLDER = Path("runs/tflite")
-PRESET = os.environ.get("TFLITE_PRESET", "dreamlite")
+PRESET = "dreamlite"
 TEXT_LENGTH, THREADS = 128, 2
 
 
@@ -28,7 +27,7 @@ def cases() -> Iterator[tuple[str, list[Contender]]]:
             arguments = {"name": name, "side": side}
             makers = {"litert": litert_step, "onnxruntime": onnx_step, "eager": torch_step}
             yield (
-                f"{PRESET} {name}, {side} px",
+                f"released {name}, {side} px",
                 [Contender(contender, make, arguments) for contender, make in makers.items()],
             )
 
