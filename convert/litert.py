@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from convert import vulkan
+from dreamlite_jax.errors import UserError
 
 ACCELERATORS = {"cpu": 1, "gpu": 2}
 # The accelerator's own choice is half precision where the device has it.
@@ -25,7 +26,7 @@ _TIMED_OUT = 7  # LiteRtStatus
 _DTYPES = {1: np.float32, 2: np.int32}  # LiteRtElementType
 
 
-class LiteRtError(RuntimeError):
+class LiteRtError(UserError):
     """A model that LiteRT refuses, or cannot run where it was asked to: one line."""
 
 

@@ -1,8 +1,6 @@
 """Whether .tflite files compute what the JAX networks compute: on the CPU, and on the GPU
 accelerator with every operation there.
 
-    python -m convert.verify --model=DIR --bundle=BUNDLE [--accelerators=cpu,gpu]
-
 Files run in processes of their own: what an accelerator cannot take may end its process. Without a
 GPU the accelerator runs on a software Vulkan driver (`make gpu-driver`); its verdicts are on
 semantics and half precision, not on a phone's speed or memory.
@@ -202,7 +200,7 @@ def gpu_available() -> str:
     driver = (vulkan.FOLDER / "lvp_icd.json").is_file()
     if driver or any(name in os.environ for name in vulkan.SET):
         return ""
-    return "no Vulkan driver: run `make gpu-driver`"
+    return "no Vulkan driver: run `make gpu-driver`, or name one in VK_DRIVER_FILES"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,10 +97,16 @@ def test_golden_verdicts(bundle, capsys):
     assert out.count("ok ") == 2 * 4 + 4 and "FAIL" not in out
 
 
-def test_golden_on_the_gpu(bundle, capsys, gpu):
-    arguments = ["--golden", "--accelerator=gpu", "--precision=fp16"]
-    assert run("convert.run_bundle", f"--bundle={bundle}", *arguments) == 0
-    assert "FAIL" not in capsys.readouterr().out
+def test_golden_on_the_gpu(bundle, gpu):
+    """In a process of its own, as people run it: the driver's libraries stay out of this one."""
+    arguments = [f"--bundle={bundle}", "--golden", "--accelerator=gpu", "--precision=fp16"]
+    for _ in range(8):  # a slow machine compiles shaders for longer than LiteRT waits
+        command = [sys.executable, "-m", "convert.run_bundle", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if "shaders are being compiled" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("ok ") == 2 * 4 + 4 and "FAIL" not in done.stdout
 
 
 @pytest.fixture
