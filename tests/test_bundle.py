@@ -35,12 +35,21 @@ def models(tmp_path_factory):
     return {kind: nano_model(folder / kind, kind == "mobile") for kind in ("base", "mobile")}
 
 
+STEPS = 2
+
+
 @pytest.fixture(scope="module")
-def bundle(models, tmp_path_factory):
-    out = tmp_path_factory.mktemp("bundles") / "mobile"
-    arguments = [f"--model={models['mobile']}", f"--out={out}", "--nogpu", "--zip"]
-    assert run("convert.bundle", *arguments, *SIZE, *LENGTHS) == 0
-    return out
+def bundles(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    for kind, model in models.items():
+        arguments = [f"--model={model}", f"--out={folder / kind}", "--nogpu", "--zip"]
+        assert run("convert.bundle", *arguments, *SIZE, *LENGTHS, f"--steps={STEPS}") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(bundles):
+    return bundles / "mobile"
 
 
 def test_what_a_bundle_holds(bundle):
@@ -48,7 +57,7 @@ def test_what_a_bundle_holds(bundle):
     assert made["components"].keys() == parts.PARTS.keys()
     assert made["size"] == {"height": 32, "width": 64}
     sigmas = made["schedule"]["sigmas"]
-    assert len(sigmas) == 5 and sigmas[0] == 1 and sigmas[-1] == 0
+    assert len(sigmas) == STEPS + 1 and sigmas[0] == 1 and sigmas[-1] == 0
     np.testing.assert_allclose(made["schedule"]["timesteps"], 1000 * np.array(sigmas[:-1]))
     report = json.loads((bundle / "gpu_report.json").read_text())
     for name, counts in report.items():
@@ -68,19 +77,14 @@ def test_the_schema_is_a_schema_and_leaves_nothing_open():
 
 @pytest.mark.parametrize("mode", ["generate", "edit"])
 @pytest.mark.parametrize("kind", ["mobile", "base"])
-def test_pictures_are_those_of_jax(mode, kind, models, bundle, tmp_path):
+def test_pictures_are_those_of_jax(mode, kind, models, bundles, tmp_path):
     """`run_bundle` with half-precision weights beside `launch.sample`, from the same noise."""
-    made = bundle if kind == "mobile" else tmp_path / "base"
-    steps = 4
-    if kind == "base":
-        steps = 2
-        arguments = [f"--model={models[kind]}", f"--out={made}", "--nogpu", "--steps=2"]
-        assert run("convert.bundle", *arguments, *SIZE, *LENGTHS) == 0
+    made = bundles / kind
     entry = manifest.read(made)["golden"][mode]
     with np.load(made / entry["arrays"]) as arrays:
         np.save(tmp_path / "noise.npy", arrays["noise"].transpose(0, 2, 3, 1))
     common = [f"--prompt={entry['prompt']}", f"--noise={tmp_path / 'noise.npy'}"]
-    theirs, ours = [f"--model={models[kind]}", f"--steps={steps}", *SIZE], [f"--bundle={made}"]
+    theirs, ours = [f"--model={models[kind]}", f"--steps={STEPS}", *SIZE], [f"--bundle={made}"]
     if mode == "edit":
         common.append(f"--image={made / entry['source']}")
         ours.append(f"--embeddings={made / entry['arrays']}")
@@ -94,7 +98,7 @@ def test_pictures_are_those_of_jax(mode, kind, models, bundle, tmp_path):
 def test_golden_verdicts(bundle, capsys):
     assert run("convert.run_bundle", f"--bundle={bundle}", "--golden") == 0
     out = capsys.readouterr().out
-    assert out.count("ok ") == 2 * 4 + 4 and "FAIL" not in out
+    assert out.count("ok ") == 2 * STEPS + 4 and "FAIL" not in out
 
 
 def test_golden_on_the_gpu(bundle, gpu):
@@ -106,7 +110,7 @@ def test_golden_on_the_gpu(bundle, gpu):
         if "shaders are being compiled" not in done.stderr:
             break
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("ok ") == 2 * 4 + 4 and "FAIL" not in done.stdout
+    assert done.stdout.count("ok ") == 2 * STEPS + 4 and "FAIL" not in done.stdout
 
 
 @pytest.fixture
@@ -189,7 +193,7 @@ def test_a_missed_golden_output_is_a_failure(copy, capsys):
     _rewritten(copy, lambda made: made["files"][name].update(bytes=size, sha256=digest))
     assert run("convert.run_bundle", f"--bundle={copy}", "--golden") == 2
     out, err = capsys.readouterr()
-    assert "FAIL generate: step 1" in out and "4 golden outputs were not reached" in err
+    assert "FAIL generate: step 1" in out and f"{STEPS} golden outputs were not reached" in err
 
 
 def test_wrong_use_is_one_line(models, bundle, tmp_path, capsys):
