@@ -38,6 +38,10 @@ TOLERANCES = {
 }
 
 
+# dB that a part's output must reach on a random case.
+DEMANDS = {"fp32": 45.0, "fp16": 45.0, "int8": 28.0, "int4": 10.0}
+
+
 class Plan(NamedTuple):
     """How a bundle is made."""
 
@@ -97,7 +101,8 @@ def _part(
     if findings := flatbuffer.lint(file):
         raise verify.VerifyError(f"{name}: {'; '.join(findings[:5])}")
     cases = [verify.case(name, graph, model.config, params) for graph in made]
-    report = {"operations": flatbuffer.counts(file), **_measured(file, made, cases, gpu)}
+    measured = _measured(file, made, cases, gpu, DEMANDS[_coarsest(plan.weights[name])])
+    report = {"operations": flatbuffer.counts(file), **measured}
     entry = {
         "file": file.name,
         "weights": ",".join(f"{regex}={kind}" for regex, kind in plan.weights[name]),
@@ -107,23 +112,32 @@ def _part(
     return [entry], report
 
 
-def _measured(file: Path, made: list[Graph], cases: list[verify.Case], gpu: bool) -> dict[str, Any]:
-    """dB of JAX's float32 output by place and signature; whether all operations are delegated."""
+def _measured(
+    file: Path, made: list[Graph], cases: list[verify.Case], gpu: bool, demand: float
+) -> dict[str, Any]:
+    """dB of JAX's float32 output by place and signature; whether all operations are delegated, and
+    the results near enough (`demand`) to call it a GPU variant."""
     found: dict[str, Any] = {"psnr": {}, "delegated": None, "reason": "not tried"}
     for accelerator, precision in verify.DEMANDS:
         if accelerator == "gpu" and not gpu:
             continue
+        place = found["psnr"][f"{accelerator} {precision}"] = {}
         try:
             for graph, case in zip(made, cases, strict=True):
                 (output,) = verify.run(file, graph.signature, [case.inputs], accelerator, precision)
-                reached = round(manifest.psnr(output, case.expected), 1)
-                place = found["psnr"].setdefault(f"{accelerator} {precision}", {})
-                place[graph.signature] = reached
+                reached = place[graph.signature] = round(manifest.psnr(output, case.expected), 1)
+                if reached < demand:
+                    where = f"{file.name} on the {accelerator} in {precision}"
+                    raise verify.VerifyError(f"{where}: {reached} dB of JAX, should be {demand:g}")
         except verify.VerifyError as error:
             if accelerator == "cpu":
                 raise
             return found | {"delegated": False, "reason": str(error)}
     return found | ({"delegated": True, "reason": ""} if gpu else {})
+
+
+def _coarsest(recipe: quantize.Recipe) -> str:
+    return max((kind for _, kind in recipe), key=list(TOLERANCES).index)
 
 
 def _signature(graph: Graph) -> dict[str, Any]:
@@ -146,9 +160,7 @@ def _text_files(folder: Path, model: system.System) -> None:
 def _golden(folder: Path, model: system.System, plan: Plan) -> dict[str, Any]:
     """Both modes' golden cases, by JAX in float32; the edit's source is the picture generated."""
     (folder / "golden").mkdir()
-    coarsest = max(
-        (kind for parts in plan.weights.values() for _, kind in parts), key=list(TOLERANCES).index
-    )
+    coarsest = _coarsest([pair for recipe in plan.weights.values() for pair in recipe])
     entries, picture = {}, None
     for mode, prompt in zip(prompts.MODES, plan.prompts, strict=True):
         arrays, made = golden_case(model, plan, mode, prompt, picture)
@@ -174,13 +186,13 @@ def golden_case(
     config, params = model.config, model.params
     images = None if mode == prompts.GENERATE else [source]
 
-    def encoded(text):
-        return _padded(system.encode_prompts(model, mode, [text], images), plan)
+    def encoded(text, least=0):
+        return _padded(system.encode_prompts(model, mode, [text], images), plan, least)
 
     texts, null = encoded(prompts.tagged(mode, prompt)), None
     arrays = {"context": texts.context, "mask": texts.mask}
     if plan.guidance != 1:
-        null = encoded(prompts.NULL)
+        null = encoded(prompts.NULL, texts.mask.shape[1])
         arrays |= {"null_context": null.context, "null_mask": null.mask}
     noise = generation.initial_noise(config, 0, plan.height, plan.width)[None]
     latent = None
@@ -200,13 +212,13 @@ def golden_case(
     ]
 
 
-def _padded(texts: system.Texts, plan: Plan) -> system.Texts:
+def _padded(texts: system.Texts, plan: Plan, least: int) -> system.Texts:
     n = int(texts.mask.sum())
     if n > max(plan.lengths):
         raise cli.CommandError(
             f"a golden prompt takes {n} tokens, --text_lengths has room for {max(plan.lengths)}"
         )
-    length = min(length for length in plan.lengths if length >= n)
+    length = min(length for length in plan.lengths if length >= max(n, least))
     context = np.zeros((1, length, texts.context.shape[2]), np.float32)
     context[:, :n] = texts.context[:, :n]
     return system.Texts(context, (np.arange(length) < n).astype(np.float32)[None])

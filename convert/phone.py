@@ -93,12 +93,13 @@ def encode_prompt(bundle: Bundle, prompt: str) -> Context:
     return padded(bundle, hidden[:, : len(ids) - drop])
 
 
-def padded(bundle: Bundle, context: np.ndarray) -> Context:
-    """context [1, n, F] with zeros up to the shortest length that the U-Net takes."""
+def padded(bundle: Bundle, context: np.ndarray, least: int = 0) -> Context:
+    """context [1, n, F] with zeros up to the shortest length, of `least` or more, that the U-Net
+    takes."""
     lengths, n = bundle.manifest["text"]["lengths"], context.shape[1]
     if n > max(lengths):
         raise PhoneError(f"{n} context tokens, but the U-Net takes at most {max(lengths)}")
-    length = min(length for length in lengths if length >= n)
+    length = min(length for length in lengths if length >= max(n, least))
     mask = (np.arange(length) < n).astype(np.float32)[None]
     return Context(np.pad(context, ((0, 0), (0, length - n), (0, 0))).astype(np.float32), mask)
 

@@ -48,8 +48,7 @@ def main() -> None:
         texts = phone.encode_prompt(bundle, PROMPT.value)
         if bundle.manifest["schedule"]["guidance"] != 1:
             with np.load(folder / bundle.manifest["text"]["null"]) as arrays:
-                null = phone.padded(bundle, arrays["context"])
-            null = phone.Context(*(np.resize(a, b.shape) for a, b in zip(null, texts, strict=True)))
+                null = phone.padded(bundle, arrays["context"], texts.mask.shape[1])
     noise = read_noise(bundle)
     source = np.zeros_like(noise)
     if IMAGE.value is not None:

@@ -95,6 +95,14 @@ def test_pictures_are_those_of_jax(mode, kind, models, bundles, tmp_path):
     assert manifest.psnr(a, b) >= 35
 
 
+def test_a_receiver_needs_no_jax():
+    code = (
+        "import sys, convert.run_bundle; print([m for m in ('jax', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_golden_verdicts(bundle, capsys):
     assert run("convert.run_bundle", f"--bundle={bundle}", "--golden") == 0
     out = capsys.readouterr().out
