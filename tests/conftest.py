@@ -25,3 +25,12 @@ def cache(tmp_path_factory) -> Path:
         with contextlib.suppress(OSError):  # another process was faster
             tiny.tiny_model_dir(own / "model").rename(folder / "model")
     return folder
+
+
+@pytest.fixture(scope="session")
+def gpu() -> None:
+    """LiteRT's GPU accelerator on some Vulkan driver; CI has one (`make gpu-driver`)."""
+    from convert import verify
+
+    if reason := verify.gpu_available():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)

@@ -120,9 +120,9 @@ class ResnetBlock(nn.Module):
 
         inner = 2 * self.features if self.separable else self.features
         h = activated_conv(x, inner, "norm1", "conv1")
-        temb = Linear(inner, True, self.dtype, self.ops, name="time_emb_proj")(self.ops.silu(temb))
-        h = add_bias(h, temb[:, None, None, :])
-        h = activated_conv(h, self.features, "norm2", "conv2")
+        temb = self.ops.silu(temb)[:, None, None, :]
+        temb = Linear(inner, True, self.dtype, self.ops, name="time_emb_proj")(temb)
+        h = activated_conv(add_bias(h, temb), self.features, "norm2", "conv2")
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, 1, True, self.dtype, self.ops, name="conv_shortcut")(x)
         return x + h

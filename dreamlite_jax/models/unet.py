@@ -386,11 +386,17 @@ class UNet(nn.Module):
         """timesteps [B] and time_ids [B, 2] -> time embedding [B, E]. The sinusoids are float32."""
         config = self.config
         kind = {"cos_first": config.flip_sin_to_cos, "shift": config.freq_shift}
-        embedding = self.time_embedding(sinusoids(timesteps, config.block_out_channels[0], **kind))
+        time, sizes = sinusoids(timesteps, config.block_out_channels[0], **kind), None
         if config.addition_embed_type == "time":
             sizes = sinusoids(time_ids, config.addition_time_embed_dim, **kind)
-            embedding = embedding + self.add_embedding(sizes.reshape(sizes.shape[0], -1))
-        return embedding
+            sizes = sizes.reshape(sizes.shape[0], -1)
+        return self.embed_sinusoids(time, sizes)
+
+    def embed_sinusoids(self, time: Array, sizes: Array | None = None) -> Array:
+        """The sinusoids of the timestep [B, block_out_channels[0]] and of width and height [B, 2
+        addition_time_embed_dim] -> time embedding [B, E]."""
+        embedding = self.time_embedding(time)
+        return embedding if sizes is None else embedding + self.add_embedding(sizes)
 
     def embed_context(self, context: Array) -> Array:
         """Text features [B, L, F] -> [B, L, cross_attention_dim], what the cross-attentions
@@ -404,13 +410,13 @@ class UNet(nn.Module):
     def denoise(self, latents: Array, temb: Array, context: Array, mask: Array | None) -> Array:
         """The network behind the time embedding temb [B, E]; otherwise as `__call__`, unchecked.
 
-        A target whose half precision would ruin the sinusoids embeds the time elsewhere and starts
-        here.
+        A target whose half precision would ruin the sinusoids computes them elsewhere and starts
+        here, behind `embed_sinusoids`.
         """
         context = self.embed_context(context)
         bias = None
         if mask is not None:
-            bias = ((1.0 - mask.astype(jnp.float32)) * MASKED)[:, None, None, :]
+            bias = (1.0 - mask.astype(jnp.float32)[:, None, None, :]) * MASKED
 
         x = self.conv_in(latents)
         skips = [x]

@@ -1,0 +1,75 @@
+"""The files of a bundle: which networks they hold, at which sizes."""
+
+from convert import graphs
+from dreamlite_jax import pretrained, system, tiny
+from dreamlite_jax.errors import UserError
+from dreamlite_jax.models import unet
+from dreamlite_jax.models.autoencoder import TAESDXL
+from dreamlite_jax.models.qwen3_vl.config import QWEN3_VL_2B
+
+
+class SizeError(UserError):
+    """A size that the networks cannot take: one line."""
+
+
+PARTS = {"unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae", "text_encoder": "text_encoder"}
+"""Parts of a bundle, and the networks of a model directory whose parameters they hold."""
+
+# One length for both modes: an instruction and the 258 tokens of a source. Generating needs less,
+# but cross-attention is a few per cent of the work, and a second signature may cost the weights
+# twice in a GPU's memory.
+LENGTH, PROMPT_LENGTH = 384, 128
+
+
+def part(
+    name: str,
+    config: system.Config,
+    params: pretrained.Params,
+    height: int,
+    width: int,
+    lengths: tuple[int, ...] = (LENGTH,),
+    prompt_length: int = PROMPT_LENGTH,
+    time: str = "host",
+) -> list[graphs.Graph]:
+    """The graphs of one part's file; params of its network.
+
+    Args:
+      height, width: of the picture in pixels.
+      lengths: context tokens of the U-Net; each further one is a signature `denoise_<length>`.
+      prompt_length: context tokens of the text encoder, which is for generate mode.
+      time: see `convert.graphs`.
+    """
+    if name == "text_encoder":
+        return [graphs.text_encoder(config, params, prompt_length)]
+    if name != "unet":
+        return [getattr(graphs, name)(config, params, height, width)]
+    first, *others = (graphs.unet(config, params, height, width, n, time) for n in lengths)
+    further = zip(others, lengths[1:], strict=True)
+    return [first, *(g._replace(signature=f"{g.signature}_{n}") for g, n in further)]
+
+
+def random_config(preset: str) -> system.Config:
+    """The configuration of a U-Net's preset with the networks that belong to it."""
+    if preset == "dreamlite":
+        return system.Config(unet.DREAMLITE, TAESDXL, QWEN3_VL_2B, mobile=True)
+    return tiny.config(mobile=True)._replace(unet=unet.PRESETS[preset])
+
+
+def checked_size(config: system.Config, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels, the model's own where they are not given.
+
+    Raises:
+      SizeError: no multiple of what the networks take.
+    """
+    size = tuple(config.default_side if side is None else side for side in (height, width))
+    if bad := [side for side in size if side < 1 or side % config.pixel_multiple]:
+        raise SizeError(f"size {bad[0]} is no positive multiple of {config.pixel_multiple}")
+    return size
+
+
+def parameters(config: system.Config, network: str, model: str | None) -> pretrained.Params:
+    """float32 parameters of a network from a model directory, or random ones."""
+    component = system.NETWORKS[network]
+    if model is None:
+        return tiny.random_params(component, getattr(config, network))
+    return pretrained.read(model, component)[1]

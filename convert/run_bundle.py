@@ -1,0 +1,87 @@
+"""A bundle at work: a prompt (and a picture) to a PNG with LiteRT alone, no JAX.
+
+    python -m convert.run_bundle --bundle=BUNDLE --prompt="a red boat" --out=boat.png
+    python -m convert.run_bundle --bundle=BUNDLE --golden --accelerator=gpu
+
+The pipeline is in `convert/phone.py`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from convert import manifest, phone
+from convert.litert import ACCELERATORS, PRECISIONS
+from dreamlite_jax import cli
+from dreamlite_jax.data.pictures import read_picture, write_png
+
+BUNDLE = flags.DEFINE_string("bundle", None, "folder of the bundle", required=True)
+PROMPT = flags.DEFINE_string("prompt", None, "what to draw, or how to edit --image")
+IMAGE = flags.DEFINE_string("image", None, "picture to edit; without it one is generated")
+EMBEDDINGS = flags.DEFINE_string(
+    "embeddings", None, ".npz with context [1, L, F] and mask [1, L] instead of --prompt's encoding"
+)
+OUT = flags.DEFINE_string("out", None, "PNG file")
+SEED = flags.DEFINE_integer("seed", 0, "of the noise")
+NOISE = flags.DEFINE_string("noise", None, "initial latent: .npy, float32 [1, h, w, 4]")
+ACCELERATOR = flags.DEFINE_enum("accelerator", "cpu", list(ACCELERATORS), "where graphs run")
+PRECISION = flags.DEFINE_enum("precision", "fp16", list(PRECISIONS), "of the GPU")
+GOLDEN = flags.DEFINE_boolean("golden", False, "replay the bundle's golden cases; a verdict a step")
+
+
+def main() -> None:
+    folder = Path(BUNDLE.value)
+    bundle = phone.Bundle(folder, manifest.read(folder), ACCELERATOR.value, PRECISION.value)
+    if GOLDEN.value:
+        return golden(bundle)
+    if OUT.value is None:
+        raise cli.CommandError("give --out, or --golden")
+    if EMBEDDINGS.value is None and (PROMPT.value is None or IMAGE.value is not None):
+        raise cli.CommandError(
+            "give --prompt; to edit give --embeddings, because the bundle has no vision tower"
+        )
+    null = None
+    if EMBEDDINGS.value is not None:
+        texts, null = phone.read_embeddings(EMBEDDINGS.value)
+    else:
+        texts = phone.encode_prompt(bundle, PROMPT.value)
+        if bundle.manifest["schedule"]["guidance"] != 1:
+            with np.load(folder / bundle.manifest["text"]["null"]) as arrays:
+                null = phone.padded(bundle, arrays["context"], texts.mask.shape[1])
+    noise = read_noise(bundle)
+    source = np.zeros_like(noise)
+    if IMAGE.value is not None:
+        source = phone.encode_image(bundle, read_picture(IMAGE.value))
+    *_, latent = phone.denoise(bundle, noise, texts, null, source)
+    write_png(OUT.value, phone.decode(bundle, latent))
+
+
+def golden(bundle: phone.Bundle) -> None:
+    """Replays the golden cases and prints how near every result comes."""
+    missed = 0
+    for mode in bundle.manifest["golden"]:
+        for verdict in phone.replay(bundle, mode):
+            passed = verdict.reached >= verdict.demand
+            missed += not passed
+            word = "ok" if passed else "FAIL"
+            reached = f"{verdict.reached:.1f} dB (at least {verdict.demand:g})"
+            print(f"{word:4} {verdict.what}: {reached}", flush=True)
+    if missed:
+        raise cli.CommandError(f"{missed} golden outputs were not reached")
+
+
+def read_noise(bundle: phone.Bundle) -> np.ndarray:
+    size, latent = bundle.manifest["size"], bundle.manifest["latent"]
+    h, w = size["height"] // latent["factor"], size["width"] // latent["factor"]
+    if NOISE.value is None:
+        shape = (1, latent["channels"], h, w)
+        return np.random.default_rng(SEED.value).standard_normal(shape, np.float32)
+    noise = np.load(NOISE.value, allow_pickle=False)
+    if noise.shape != (1, h, w, latent["channels"]):
+        raise cli.CommandError(f"--noise is {noise.shape}, not {(1, h, w, latent['channels'])}")
+    return noise.transpose(0, 3, 1, 2)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,226 @@
+"""The bundle for the phone: made, read, refused where it is broken, and at work beside JAX."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from commands import run
+from jsonschema import Draft202012Validator
+from PIL import Image
+
+from convert import flatbuffer, manifest, parts
+from dreamlite_jax import pretrained, tiny
+from dreamlite_jax.models import unet
+
+pytestmark = pytest.mark.e2e
+
+SIZE = ("--height=32", "--width=64")
+LENGTHS = ("--text_lengths=300", "--prompt_length=60")
+
+
+def nano_model(folder, mobile):
+    """A random model directory with the smallest U-Net."""
+    tiny.tiny_model_dir(folder, seed=3, mobile=mobile)
+    params = tiny.random_params(pretrained.UNET, unet.NANO, 3)
+    pretrained.write(folder, pretrained.UNET, unet.NANO, params)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: nano_model(folder / kind, kind == "mobile") for kind in ("base", "mobile")}
+
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def bundles(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    for kind, model in models.items():
+        arguments = [f"--model={model}", f"--out={folder / kind}", "--nogpu", "--zip"]
+        assert run("convert.bundle", *arguments, *SIZE, *LENGTHS, f"--steps={STEPS}") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(bundles):
+    return bundles / "mobile"
+
+
+def test_what_a_bundle_holds(bundle):
+    made = manifest.read(bundle)
+    assert made["components"].keys() == parts.PARTS.keys()
+    assert made["size"] == {"height": 32, "width": 64}
+    sigmas = made["schedule"]["sigmas"]
+    assert len(sigmas) == STEPS + 1 and sigmas[0] == 1 and sigmas[-1] == 0
+    np.testing.assert_allclose(made["schedule"]["timesteps"], 1000 * np.array(sigmas[:-1]))
+    report = json.loads((bundle / "gpu_report.json").read_text())
+    for name, counts in report.items():
+        assert counts["operations"] == flatbuffer.counts(bundle / name)
+        assert counts["delegated"] is None  # never claimed without having been seen
+    assert {"unet.tflite", "tokenizer/tokenizer.json", "README.md"} <= made["files"].keys()
+    quality = json.loads((bundle / "quality.json").read_text())
+    assert quality["edit: picture"]["psnr"] >= 35 and quality["edit: picture"]["ssim"] > 0.99
+    assert (bundle.parent / "mobile.zip").is_file()
+    assert not list(bundle.rglob(".*"))
+
+
+def test_the_schema_is_a_schema_and_leaves_nothing_open():
+    Draft202012Validator.check_schema(manifest.schema())
+    assert manifest.schema()["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("mode", ["generate", "edit"])
+@pytest.mark.parametrize("kind", ["mobile", "base"])
+def test_pictures_are_those_of_jax(mode, kind, models, bundles, tmp_path):
+    """`run_bundle` with half-precision weights beside `launch.sample`, from the same noise."""
+    made = bundles / kind
+    entry = manifest.read(made)["golden"][mode]
+    with np.load(made / entry["arrays"]) as arrays:
+        np.save(tmp_path / "noise.npy", arrays["noise"].transpose(0, 2, 3, 1))
+    common = [f"--prompt={entry['prompt']}", f"--noise={tmp_path / 'noise.npy'}"]
+    theirs, ours = [f"--model={models[kind]}", f"--steps={STEPS}", *SIZE], [f"--bundle={made}"]
+    if mode == "edit":
+        common.append(f"--image={made / entry['source']}")
+        ours.append(f"--embeddings={made / entry['arrays']}")
+        theirs.append("--image_guidance=1")
+    assert run("sample", *theirs, *common, f"--out={tmp_path / 'jax.png'}") == 0
+    assert run("convert.run_bundle", *ours, *common, f"--out={tmp_path / 'phone.png'}") == 0
+    a, b = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("phone", "jax"))
+    assert manifest.psnr(a, b) >= 35
+
+
+def test_a_receiver_needs_no_jax():
+    code = (
+        "import sys, convert.run_bundle; print([m for m in ('jax', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_golden_verdicts(bundle, capsys):
+    assert run("convert.run_bundle", f"--bundle={bundle}", "--golden") == 0
+    out = capsys.readouterr().out
+    assert out.count("ok ") == 2 * STEPS + 4 and "FAIL" not in out
+
+
+def test_golden_on_the_gpu(bundle, gpu):
+    """In a process of its own, as people run it: the driver's libraries stay out of this one."""
+    arguments = [f"--bundle={bundle}", "--golden", "--accelerator=gpu", "--precision=fp16"]
+    for _ in range(8):  # a slow machine compiles shaders for longer than LiteRT waits
+        command = [sys.executable, "-m", "convert.run_bundle", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if "shaders are being compiled" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("ok ") == 2 * STEPS + 4 and "FAIL" not in done.stdout
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    return shutil.copytree(bundle, tmp_path / "copy")
+
+
+def _rewritten(folder, change):
+    made = json.loads((folder / manifest.NAME).read_text())
+    change(made)
+    (folder / manifest.NAME).write_text(json.dumps(made))
+
+
+def flip_byte(folder):
+    content = bytearray((folder / "unet.tflite").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "unet.tflite").write_bytes(content)
+
+
+def lose_file(folder):
+    (folder / "vae_decoder.tflite").unlink()
+
+
+def shorten_file(folder):
+    content = (folder / "text" / "embeddings.npy").read_bytes()
+    (folder / "text" / "embeddings.npy").write_bytes(content[:-1])
+
+
+def other_version(folder):
+    _rewritten(folder, lambda made: made.update(schema_version=2))
+
+
+def rename_tensor(folder):
+    def change(made):
+        signature = made["components"]["unet"][0]["signatures"]["denoise"]
+        signature["inputs"][0]["name"] = "latents"
+
+    _rewritten(folder, change)
+
+
+def lose_key(folder):
+    _rewritten(folder, lambda made: made["schedule"].pop("sigmas"))
+
+
+def no_json(folder):
+    (folder / manifest.NAME).write_text("{")
+
+
+def no_manifest(folder):
+    (folder / manifest.NAME).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (flip_byte, "unet.tflite: is damaged"),
+        (lose_file, "vae_decoder.tflite: is missing"),
+        (shorten_file, "embeddings.npy: .* bytes, should be"),
+        (other_version, "schema version 2, this reads 1"),
+        (rename_tensor, "latents"),
+        (lose_key, "'sigmas' is a required property"),
+        (no_json, "not valid JSON"),
+        (no_manifest, "is it a bundle"),
+    ],
+)
+def test_broken_bundles_are_refused(damage, reason, copy, capsys):
+    damage(copy)
+    with pytest.raises(manifest.BundleError, match=reason):
+        manifest.read(copy)
+    assert run("convert.run_bundle", f"--bundle={copy}", "--golden") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_missed_golden_output_is_a_failure(copy, capsys):
+    made = manifest.read(copy)
+    name = made["golden"]["generate"]["arrays"]
+    with np.load(copy / name) as arrays:
+        np.savez(copy / name, **{**arrays, "latents": -arrays["latents"]})
+    size, digest = (copy / name).stat().st_size, manifest.digest(copy / name)
+    _rewritten(copy, lambda made: made["files"][name].update(bytes=size, sha256=digest))
+    assert run("convert.run_bundle", f"--bundle={copy}", "--golden") == 2
+    out, err = capsys.readouterr()
+    assert "FAIL generate: step 1" in out and f"{STEPS} golden outputs were not reached" in err
+
+
+def test_wrong_use_is_one_line(models, bundle, tmp_path, capsys):
+    model, out = f"--model={models['mobile']}", f"--out={tmp_path / 'b'}"
+    picture = bundle / "golden" / "edit.png"
+    long = f"--prompt={'boat ' * 90}"
+    wrong = {
+        "odd size": ("bundle", [model, out, "--nogpu", "--height=40"], "multiple of 16"),
+        "there already": ("bundle", [model, f"--out={bundle}", "--nogpu"], "exists"),
+        "no model": ("bundle", ["--model=nowhere", out, "--nogpu"], "no such directory"),
+        "weights": ("bundle", [model, out, "--nogpu", "--weights=int3"], "int3"),
+        "prompt": ("run_bundle", [f"--bundle={bundle}", out], "give --prompt"),
+        "long": ("run_bundle", [f"--bundle={bundle}", out, long], "the limit is 60"),
+        "edit": ("run_bundle", [f"--bundle={bundle}", out, f"--image={picture}"], "--embeddings"),
+        "no out": ("run_bundle", [f"--bundle={bundle}", "--prompt=a"], "--out"),
+    }
+    for name, (command, arguments, expected) in wrong.items():
+        capsys.readouterr()
+        assert run(f"convert.{command}", *arguments) == 2, name
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and expected in err, (name, err)
+        assert not (tmp_path / "b").exists(), name
