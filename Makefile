@@ -11,7 +11,7 @@ demo: $(VENV)/.base
 # Without a driver the tests that need one say so and are skipped; under CI=true they fail.
 test: lint
 	@$(RUN) -m convert.vulkan || true
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -12,6 +12,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Commands first: the slowest files must not be the last, with one process left to run them."""
+    items.sort(key=lambda item: "e2e" not in item.keywords)
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
     """A folder that all tests share, those of other processes too: `programs/`, compiled once, and

@@ -73,7 +73,7 @@ def test_workers_keep_the_order_and_end_with_their_parent(end, code):
         [sys.executable, "-c", _SCRIPT, end],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         start_new_session=True,
         cwd=Path(__file__).parent.parent,
     )
