@@ -4,6 +4,7 @@ faults for the lint."""
 import os
 
 import flatbuffers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
