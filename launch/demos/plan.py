@@ -218,7 +218,7 @@ def bundle_flags(plan: Plan, model: Path, kind: str) -> Callable[[], Sequence[st
             f"--weights={kind}",
             f"--text_lengths={max(rooms.values())}",
             f"--prompt_length={rooms['t2i']}",
-            f"--gpu={str(accelerator(plan) == 'gpu').lower()}",
+            f"--gpu={str(has_driver(plan)).lower()}",
             "--overwrite",
         )
 
@@ -235,24 +235,30 @@ def draw_flags(plan: Plan, bundle: Path, task: str, drawn: Path) -> Callable[[],
             f"--requests={inputs(plan, task)}",
             f"--limit={plan.on_bundles}",
             f"--out={drawn / f'{task}_held_out.npz'}",
-            f"--accelerator={accelerator(plan)}",
+            f"--accelerator={accelerator(plan, bundle)}",
         )
 
     return flags
 
 
-def accelerator(plan: Plan) -> str:
-    """ "gpu" where there is a Vulkan driver, or one can be had; decided once for a demo."""
-    file = plan.folder / "accelerator.json"
+def has_driver(plan: Plan) -> bool:
+    """Whether there is a Vulkan driver, or one can be had; decided once for a demo."""
+    file = plan.folder / "driver.json"
     if not file.is_file():
-        asked = subprocess.run(
-            [sys.executable, "-m", "convert.vulkan"],
-            cwd=driver.ROOT,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-m", "convert.vulkan"]
+        asked = subprocess.run(command, cwd=driver.ROOT, capture_output=True, text=True)
         said = (asked.stderr.strip().splitlines() or [""])[-1]
-        if asked.returncode:
-            cli.warn(f"bundles run on the CPU: {said}")
-        write_json(file, {"accelerator": "cpu" if asked.returncode else "gpu", "reason": said})
-    return read_json(file)["accelerator"]
+        write_json(file, {"driver": not asked.returncode, "reason": said})
+    return read_json(file)["driver"]
+
+
+def accelerator(plan: Plan, bundle: Path) -> str:
+    """The GPU where every part of the bundle was seen to run there, else the CPU."""
+    components = read_json(bundle / "manifest.json")["components"]
+    parts = [part for entries in components.values() for part in entries]
+    if all(part["gpu"] for part in parts):
+        return "gpu"
+    said = [read_json(plan.folder / "driver.json")["reason"]]
+    said += [one["reason"] for one in read_json(bundle / "gpu_report.json").values()]
+    cli.warn(f"{bundle.name} draws on the CPU: {next(filter(None, said), 'no GPU')[:200]}")
+    return "cpu"

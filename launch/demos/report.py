@@ -7,6 +7,7 @@ that the page of half a demo is a page, too.
 import base64
 import html
 import io
+import json
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -83,11 +84,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[
         return ' class="number"' if k in numbers else ""
 
     lines = ["".join(f"<th{kind(k)}>{text(name)}</th>" for k, name in enumerate(head))]
+    # On a narrow screen cells stand below each other, with the column's name before them.
+    names = ["", *(f' data-name="{text(name)}"' if name else "" for name in head[1:])]
     for row in rows:
-        cells = (
-            f"<td{kind(k)}{f' data-name={chr(34)}{text(head[k])}{chr(34)}' if k else ''}>{cell}</td>"
-            for k, cell in enumerate(row)
-        )
+        cells = (f"<td{kind(k)}{names[k]}>{cell}</td>" for k, cell in enumerate(row))
         lines.append("".join(cells))
     return f'<table class="wide">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
 
@@ -245,9 +245,7 @@ def panel(found: Metrics, task: str) -> str:
     if not rows:
         return ""
     axis = '<div class="axis"><span>0</span><span>50</span><span>100&thinsp;%</span></div>'
-    return (
-        f'<div class="card"><h3 style="margin-top:0">{NAMES[task]}</h3>{"".join(rows)}{axis}</div>'
-    )
+    return f'<div class="card"><h3 class="first">{NAMES[task]}</h3>{"".join(rows)}{axis}</div>'
 
 
 def curves(folder: Path, found: Metrics) -> str:
@@ -287,8 +285,6 @@ def chart_of(name: str, lines: list[dict[str, Any]]) -> str:
 
 def logged(file: Path) -> list[dict[str, Any]]:
     """Whole lines of a run's metrics.jsonl."""
-    import json
-
     return [json.loads(line) for line in file.read_text("utf-8").splitlines() if line[-1:] == "}"]
 
 
@@ -408,13 +404,14 @@ def bundles(folder: Path, found: Metrics) -> str:
 
 def where(folder: Path) -> str:
     """On what the bundles drew."""
-    file = folder / "accelerator.json"
-    if file.is_file() and read_json(file)["accelerator"] == "gpu":
+    manifests = [folder / name / "manifest.json" for name in summary.BUNDLES]
+    made = [read_json(file)["components"] for file in manifests if file.is_file()]
+    if all(part["gpu"] for parts in made for entries in parts.values() for part in entries):
         return (
             "TFLite files on LiteRT's GPU accelerator, in half precision, on this machine's Vulkan "
             "driver. Without a GPU that is a software driver: its times say nothing of a phone's."
         )
-    return "TFLite files on LiteRT's CPU; this machine has no Vulkan driver."
+    return "TFLite files on LiteRT's CPU, because here is no driver on which all of them run."
 
 
 def bundle(folder: Path, name: str, found: Metrics) -> str:
@@ -448,7 +445,7 @@ def bundle(folder: Path, name: str, found: Metrics) -> str:
     ]
     total = found[f"{name}_megabytes"]
     return (
-        f'<div class="card"><h3 style="margin-top:0">{VARIANTS[name]}, {total:.1f} MB with its '
+        f'<div class="card"><h3 class="first">{VARIANTS[name]}, {total:.1f} MB with its '
         f"tokenizer and golden cases</h3>"
         f"{table(('File', 'Size', 'Operations', 'GPU', 'Beside JAX'), rows, (1, 2, 4))}"
         f'<p class="soft" style="margin:12px 0 0">{"<br>".join(likeness)}</p></div>'
