@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 def base() -> ConfigDict:
     """Every key. Values marked "ours" have no public source."""
     config = ConfigDict()
-    config.stage = "diffusion"  # or "autoencoder", "grpo"
+    config.stage = "diffusion"  # or "autoencoder", "grpo", "dmd2"
     config.seed = 0
     config.steps = 100_000
     config.batch_size = 256  # global
@@ -20,7 +20,8 @@ def base() -> ConfigDict:
     config.max_ratio = 1.0  # aspect ratio of the widest bucket; 1: squares only
     config.random_crop = True
 
-    # Encoders, tokenizer and the default U-Net: a model directory, or "tiny" for a random one.
+    # Encoders, tokenizer and the default U-Net: a model directory, or, for random ones, "tiny" or
+    # "shapes", which can learn the shapes world.
     config.model = "tiny"
     # Another U-Net's preset: "dreamlite", "tiny", "nano"; empty: that of config.model.
     config.unet = ""
@@ -44,7 +45,8 @@ def base() -> ConfigDict:
         {"t2i_text": 0.1, "edit_text": 0.05, "edit_both": 0.05, "edit_source": 0.05}
     )
     config.rl = ConfigDict()  # of the stage "grpo" alone: configs/rl_grpo.py has its keys
-    # dreamlite_jax/objectives/: flow_matching.py; autoencoding.py and grpo.py for their stages.
+    config.distill = ConfigDict()  # of the stage "dmd2" alone: configs/distill_dmd2.py has its keys
+    # dreamlite_jax/objectives/: flow_matching.py, or the page of another stage's objective
     config.loss = ConfigDict(
         {
             "density": "logit_normal",  # Esser et al. 2024
@@ -97,7 +99,9 @@ def quick(config: ConfigDict) -> ConfigDict:
         config.rl.rewards = ({"reward": "shapes"}, {"reward": "saturation", "weight": 0.0})
         config.rl.limits.dropped = 1.0
         config.loss.clip, config.loss.guard = 1e-3, True
-    config.image_size, config.max_ratio = 64, 1.0
+    if config.stage == "dmd2":
+        config.distill.steps, config.distill.ratio, config.distill.warmup = 2, 1, 1
+    config.image_size, config.max_ratio, config.text_length = 64, 1.0, 0
     config.model, config.unet, config.init_from = "tiny", "nano", ""
     config.overrides = ConfigDict()
     config.dtype, config.remat = "float32", "none"

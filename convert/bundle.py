@@ -287,7 +287,7 @@ def _manifest(
             "prompt_length": plan.prompt_length,
             "pad_value": 0.0,
             "mask_value": MASKED,
-            "image_side": prompts.IMAGE_SIDE,
+            "image_side": config.image_side,
             "templates": {mode: _template(config, mode) for mode in prompts.MODES},
             **text,
         },

@@ -42,7 +42,7 @@ def made_with(model_dir: str | os.PathLike, config: system.Config, **settings: A
     folder = Path(model_dir)
     return {
         **{name: _digest(folder / name) for name in ("vae", "text_encoder", "tokenizer")},
-        "prompts": pipeline.digest(prompts.rules(config.drop)),
+        "prompts": pipeline.digest(prompts.rules(config.drop, config.image_side)),
         "pixel_multiple": config.pixel_multiple,
         **settings,
     }
@@ -97,7 +97,10 @@ def encoded(
 
     def load(index: int) -> View:
         size = tuple(sizes[index][::-1].tolist())
-        return pipeline.view(source.read(index, size), size, using.model.config.vae.factor)
+        config = using.model.config
+        return pipeline.view(
+            source.read(index, size), size, config.vae.factor, see=config.image_side
+        )
 
     step = WINDOW * batch_size
     with ThreadPoolExecutor() as pool:

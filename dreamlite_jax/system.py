@@ -8,8 +8,8 @@ Shapes: B batch, H and W pixels, h and w latent pixels (H / 8), c latent channel
 F text feature width.
 
 A model directory is diffusers' own; the one file added to it is `prompts.json`, only where a
-tokenizer's template prefixes are not Qwen's 34 and 64 tokens long:
-`{"drop": {"generate": 34, "edit": 64}}`.
+tokenizer's template prefixes are not Qwen's 34 and 64 tokens long, or its encoder sees sources at
+another size than 512 px: `{"drop": {"generate": 34, "edit": 64}, "image_side": 512}`.
 """
 
 import functools
@@ -58,6 +58,7 @@ class Config(NamedTuple):
     text_encoder: Qwen3VLConfig
     shift: flow.ResolutionShift = flow.ResolutionShift()
     drop: DropCounts = DropCounts()
+    image_side: int = prompts.IMAGE_SIDE
     mobile: bool = False
     dtype: Any = jnp.float32
     remat: str = "none"
@@ -173,11 +174,31 @@ def velocity(config: Config, params: Params, xt: Array, sigma: Array, at: Condit
 
     The U-Net sees `[xt | source]` along the width; the left half of its answer counts.
     """
+    vt = _unet(config).apply({"params": params}, *_unet_inputs(xt, sigma, at))
+    return vt[:, :, : xt.shape[2]]
+
+
+def features(config: Config, params: Params, xt: Array, sigma: Array, at: Condition) -> Array:
+    """What the U-Net's middle block makes of the target's half, [B, h / 2^levels-1, ..., C]; as
+    `velocity`."""
+    _, seen = _unet(config).apply(
+        {"params": params},
+        *_unet_inputs(xt, sigma, at),
+        capture_intermediates=lambda module, _: module.name == "mid_block",
+        mutable="intermediates",
+    )
+    (found,) = seen["intermediates"]["mid_block"]["__call__"]
+    return found[:, :, : found.shape[2] // 2]
+
+
+def _unet(config: Config) -> UNet:
+    return UNet(config.unet, config.dtype, config.remat, config.ops)
+
+
+def _unet_inputs(xt: Array, sigma: Array, at: Condition) -> tuple[Array, ...]:
     both = jnp.concatenate([xt, at.source.astype(xt.dtype)], axis=2)
     timesteps = jnp.broadcast_to(flow.timestep(sigma), xt.shape[:1])
-    model = UNet(config.unet, config.dtype, config.remat, config.ops)
-    vt = model.apply({"params": params}, both, timesteps, *at.texts, at.time_ids)
-    return vt[:, :, : xt.shape[2]]
+    return both, timesteps, *at.texts, at.time_ids
 
 
 @functools.partial(jax.jit, static_argnames=("config", "image_guidance", "method", "on_step"))
@@ -287,8 +308,8 @@ def read_config(model_dir: str | os.PathLike, dtype: Any = jnp.float32) -> Confi
         shift = flow.ResolutionShift.from_scheduler(settings)
     except (ValueError, TypeError) as error:
         raise ModelDirectoryError(f"{file}: {error}") from error
-    drop = _read_drop_counts(folder)
-    return Config(**configs, shift=shift, drop=drop, mobile=mobile, dtype=dtype)
+    drop, side = _read_prompts(folder)
+    return Config(**configs, shift=shift, drop=drop, image_side=side, mobile=mobile, dtype=dtype)
 
 
 def load(
@@ -324,7 +345,7 @@ def load_prompter(model_dir: str | os.PathLike, config: Qwen3VLConfig) -> Prompt
     tokenizer = _opened(AutoTokenizer, folder / "tokenizer")
     image_processor = _opened(Qwen2VLImageProcessorPil, folder / "processor")
     counted = prompts.drop_counts(tokenizer)
-    drop = _read_drop_counts(folder)
+    drop, side = _read_prompts(folder)
     problems = [
         f"{token} is token {tokenizer.convert_tokens_to_ids(token)}, but {expected} for the encoder"
         for token, expected in (
@@ -351,7 +372,7 @@ def load_prompter(model_dir: str | os.PathLike, config: Qwen3VLConfig) -> Prompt
             problems.append(f"the processor's {name} is {theirs}, but {ours} for the encoder")
     if problems:
         raise ModelDirectoryError(f"{folder / 'tokenizer'}: {'; '.join(problems)}")
-    return Prompter(tokenizer, image_processor, config.input_numbers, drop)
+    return Prompter(tokenizer, image_processor, config.input_numbers, drop, side)
 
 
 def save(system: System, model_dir: str | os.PathLike, dtype: Any = None) -> None:
@@ -379,8 +400,9 @@ def write_settings(model_dir: Path, config: Config) -> None:
     with pretrained.replaced_folder(model_dir / "scheduler") as new:
         pretrained.write_json(new / _SCHEDULER, config.shift.to_scheduler())
     (model_dir / _PROMPTS).unlink(missing_ok=True)
-    if config.drop != DropCounts():
-        pretrained.write_json(model_dir / _PROMPTS, {"drop": config.drop._asdict()})
+    if (config.drop, config.image_side) != (DropCounts(), prompts.IMAGE_SIDE):
+        given = {"drop": config.drop._asdict(), "image_side": config.image_side}
+        pretrained.write_json(model_dir / _PROMPTS, given)
     index = {
         "_class_name": PIPELINES[config.mobile],
         "processor": ["transformers", "Qwen3VLProcessor"],
@@ -413,15 +435,17 @@ def _read_index(folder: Path) -> bool:
     return name == PIPELINES[True]
 
 
-def _read_drop_counts(folder: Path) -> DropCounts:
+def _read_prompts(folder: Path) -> tuple[DropCounts, int]:
+    """Tokens to drop, and the side in pixels at which the encoder sees sources."""
     if not (folder / _PROMPTS).is_file():
-        return DropCounts()
-    drop = pretrained.read_json(folder / _PROMPTS).get("drop")
+        return DropCounts(), prompts.IMAGE_SIDE
+    given = pretrained.read_json(folder / _PROMPTS)
     try:
-        return DropCounts(**drop)
-    except TypeError as error:
+        return DropCounts(**given["drop"]), int(given.get("image_side", prompts.IMAGE_SIDE))
+    except (TypeError, KeyError, ValueError) as error:
         raise ModelDirectoryError(
-            f'{folder / _PROMPTS}: expected {{"drop": {{"generate": ..., "edit": ...}}}}'
+            f'{folder / _PROMPTS}: expected {{"drop": {{"generate": ..., "edit": ...}}, '
+            '"image_side": ...}'
         ) from error
 
 

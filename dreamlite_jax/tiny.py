@@ -1,10 +1,12 @@
-"""A complete model directory from nothing: tiny random networks and a tokenizer made on the spot.
+"""A complete model directory from nothing: small random networks and a tokenizer made on the spot.
 
-For first steps, demonstrations and tests. Pictures of a random model are noise; all else (files,
-shapes, modes, tokens to drop) is as in a released model, and diffusers opens the directory.
+"tiny" is for first steps and tests, "shapes" is large enough to learn the shapes world. Pictures of
+a random model are noise; all else (files, shapes, modes, tokens to drop) is as in a released model,
+and diffusers opens the directory.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -15,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamlite_jax import pretrained, system
-from dreamlite_jax.data import prompts
+from dreamlite_jax.data import prompts, shapes
 from dreamlite_jax.models import autoencoder, unet
 from dreamlite_jax.models.qwen3_vl import config as qwen3_vl
 
@@ -31,6 +33,10 @@ SPECIAL_TOKENS = (
     "<|im_end|>",
 )
 VOCAB_SIZE = 512
+PRESETS = ("tiny", "shapes")
+# The encoder of "shapes" sees sources at 128 px instead of 512: 16 tokens instead of 256.
+_SHAPES_IMAGE_SIDE = 128
+_CAPTIONS = 2000  # of each task, that the tokenizer of "shapes" is made of
 
 # preprocessor_config.json and video_preprocessor_config.json as Qwen3-VL is released with them.
 _PIXELS = {
@@ -50,8 +56,17 @@ _VIDEOS = {
 }
 
 
-def config(mobile: bool = False) -> system.Config:
-    """The TINY presets together; the encoder's vocabulary has room for `tokenizer`."""
+def config(mobile: bool = False, preset: str = "tiny") -> system.Config:
+    """The networks of a preset together; the encoder's vocabulary has room for `tokenizer`."""
+    if preset == "shapes":
+        return system.Config(
+            unet=unet.SHAPES,
+            vae=autoencoder.SHAPES,
+            text_encoder=qwen3_vl.SHAPES,
+            drop=prompts.drop_counts(tokenizer(preset)),
+            image_side=_SHAPES_IMAGE_SIDE,
+            mobile=mobile,
+        )
     encoder = qwen3_vl.TINY
     text = dataclasses.replace(encoder.text, vocab_size=VOCAB_SIZE)
     return system.Config(
@@ -63,9 +78,11 @@ def config(mobile: bool = False) -> system.Config:
     )
 
 
-def tokenizer() -> Any:
+@functools.cache
+def tokenizer(preset: str = "tiny") -> Any:
     """A byte-level BPE of Qwen's kind, trained on the chat templates: every word of theirs is one
-    token, as for Qwen, so the templates' prefixes are 34 and 64 tokens long here too."""
+    token, as for Qwen, so the templates' prefixes are 34 and 64 tokens long here too. That of
+    "shapes" has a token for every word of its captions and instructions, too."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -78,13 +95,18 @@ def tokenizer() -> Any:
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    size = qwen3_vl.SHAPES.text.vocab_size if preset == "shapes" else VOCAB_SIZE
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=size - len(SPECIAL_TOKENS),
         min_frequency=1,
         initial_alphabet=alphabet,
         show_progress=False,
     )
     words = [prompts.templated(mode, prompts.tagged(mode, "")) for mode in prompts.MODES]
+    if preset == "shapes":
+        at = shapes.DEMO, "all", 0
+        words += [shapes.sample_t2i(*at, k).caption for k in range(_CAPTIONS)]
+        words += [shapes.sample_edit(*at, k).instruction for k in range(_CAPTIONS)]
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
     learner.train_from_iterator([part for text in words for part in special.split(text)], trainer)
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
@@ -99,16 +121,19 @@ def tokenizer() -> Any:
     )
 
 
-def write_processor(folder: Path, encoder: qwen3_vl.Qwen3VLConfig) -> None:
+def write_processor(folder: Path, encoder: qwen3_vl.Qwen3VLConfig, preset: str = "tiny") -> None:
     """A `processor/` folder in the released form, for the encoder's patches, with the tokenizer."""
     vision = encoder.vision
+    images = dict(_IMAGES)
+    if preset == "shapes":
+        images["size"] = {**images["size"], "shortest_edge": _SHAPES_IMAGE_SIDE**2}
     patches = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
     }
-    tokenizer().save_pretrained(folder)
-    pretrained.write_json(folder / "preprocessor_config.json", {**_IMAGES, **patches})
+    tokenizer(preset).save_pretrained(folder)
+    pretrained.write_json(folder / "preprocessor_config.json", {**images, **patches})
     pretrained.write_json(folder / "video_preprocessor_config.json", {**_VIDEOS, **patches})
 
 
@@ -132,19 +157,21 @@ def random_params(component: pretrained.Component, config: Any, seed: int = 0) -
     return unflatten_dict({path: draw(path, leaf) for path, leaf in shapes.items()})
 
 
-def tiny_model_dir(model_dir: str | os.PathLike, seed: int = 0, mobile: bool = False) -> Path:
-    """Writes a complete random model directory (14 MB) and returns its path.
+def tiny_model_dir(
+    model_dir: str | os.PathLike, seed: int = 0, mobile: bool = False, preset: str = "tiny"
+) -> Path:
+    """Writes a complete random model directory (14 MB; "shapes" 20 MB) and returns its path.
 
     The tokens to drop are counted with the tokenizer that is written, never taken from elsewhere.
     """
-    folder, settings = Path(model_dir), config(mobile)
+    folder, settings = Path(model_dir), config(mobile, preset)
     for name, component in system.NETWORKS.items():
         network = getattr(settings, name)
         params = random_params(component, network, seed)
         pretrained.write(folder, component, network, params)
     with pretrained.replaced_folder(folder / "tokenizer") as new:
-        tokenizer().save_pretrained(new)
+        tokenizer(preset).save_pretrained(new)
     with pretrained.replaced_folder(folder / "processor") as new:
-        write_processor(new, settings.text_encoder)
+        write_processor(new, settings.text_encoder, preset)
     system.write_settings(folder, settings)
     return folder

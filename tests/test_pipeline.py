@@ -128,7 +128,7 @@ def test_dropped_texts_are_null_and_dropped_sources_blank(prompter):
     assert not batch["has_source"].any()
     lengths = batch["attention_mask"].sum(1) - batch["drop"]
     end = len(prompter.tokenizer("<|im_end|>\n<|im_start|>assistant\n")["input_ids"])
-    image = 2 + pipeline.image_tokens(prompter)
+    image = 2 + prompter.image_tokens
     expected = np.where(batch["task"] == TASKS.index(EDIT), image + end, end)
     np.testing.assert_array_equal(lengths, expected)
 
@@ -137,7 +137,7 @@ def test_long_captions_are_cut_and_images_stay_whole(prompter):
     texts, image = ["word " * 600, "word " * 600], Image.new("RGB", (64, 64))
     made = pipeline.text_inputs(prompter, texts, [None, image], 512)
     assert made["attention_mask"].sum(1).tolist() == [prompter.drop.generate + 200, 512]
-    assert (made["image_index"][1] >= 0).sum() == pipeline.image_tokens(prompter)
+    assert (made["image_index"][1] >= 0).sum() == prompter.image_tokens
 
 
 def test_without_edits_there_are_no_images(prompter):

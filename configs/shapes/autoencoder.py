@@ -12,7 +12,7 @@ from configs.base import base, finished
 def get_config(variant=None):
     config = base()
     config.stage, config.train = "autoencoder", ("vae",)
-    config.image_size = 64
+    config.model, config.image_size = "shapes", 32
     config.dtype = "float32"
     config.data = ({"source": "shapes:demo:all", "task": "t2i"},)
     config.batch_size = 16

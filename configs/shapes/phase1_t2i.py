@@ -2,7 +2,7 @@
 
     python -m launch.train --config=configs/shapes/phase1_t2i.py --workdir=runs/shapes/phase1
 
-The tiny text encoder is random at first, so it is trained, too; a released one stays frozen.
+The small text encoder is random at first, so it is trained, too; a released one stays frozen.
 """
 
 from configs.base import base, finished
@@ -12,7 +12,7 @@ def get_config(variant=None):
     config = base()
     config.init_from = "runs/shapes/autoencoder"
     config.train = ("unet", "text_encoder")
-    config.image_size = 64
+    config.model, config.image_size, config.text_length = "shapes", 32, 72
     config.dtype = "float32"
     config.data = ({"source": "shapes:demo:train", "task": "t2i"},)
     config.validation = ({"source": "shapes:demo:held_out", "task": "t2i"},)

@@ -12,6 +12,7 @@ def get_config(variant=None):
     config.init_from = "runs/shapes/phase1"
     config.data = ({"source": "shapes:demo:train", "task": "edit"},)
     config.validation = ({"source": "shapes:demo:held_out", "task": "edit"},)
+    config.text_length = 136
     config.loss.weight_changed = True
     config.optim.lr = 1.5e-3
     return finished(config, variant)

@@ -172,7 +172,7 @@ def check(recipe: Recipe) -> Plan:
         held, least = "the template", recipe.prompter.drop.generate + 2
         if recipe.edits:
             held += " and the image of an edit"
-            least = recipe.prompter.drop.edit + image_tokens(recipe.prompter) + 2
+            least = recipe.prompter.drop.edit + recipe.prompter.image_tokens + 2
         if recipe.length <= least:
             problems.append(
                 f"a text length of {recipe.length} cannot hold {held}: it should be above {least}"
@@ -280,7 +280,7 @@ def asked(recipe: Recipe, plan: Plan, rows: Sequence[int], step: int) -> list[As
     for row, (stream, index) in zip(rows, drawn, strict=True):
         source, random = recipe.streams[stream].source, transforms.choices(recipe.seed, step, row)
         at = random.crop if recipe.random_crop else (0.5, 0.5)
-        seen = view(source.read(index, size), size, recipe.latent_factor, at, see=False)
+        seen = view(source.read(index, size), size, recipe.latent_factor, at, see=0)
         caption = transforms.pick(seen.captions, random.caption)
         out.append(Asked(source.task, caption, seen.source, source.metadata(index)))
     return out
@@ -299,12 +299,16 @@ class View(NamedTuple):
 
 
 def view(
-    sample: Sample, size: Size, factor: int, at: tuple[float, float] = (0.5, 0.5), see: bool = True
+    sample: Sample,
+    size: Size,
+    factor: int,
+    at: tuple[float, float] = (0.5, 0.5),
+    see: int = prompts.IMAGE_SIDE,
 ) -> View:
     """Crops source and target alike and brings them to `size`.
 
-    The text encoder sees the same part of the source at its own size (`see`), from the full
-    picture: as in sampling.
+    The text encoder sees the same part of the source as a square of `see` pixels (0: it does not),
+    from the full picture: as in sampling.
     """
     crop = transforms.crop_to(*sample.original_size, size, at)
     facts = sample.captions, sample.original_size
@@ -312,7 +316,7 @@ def view(
     if sample.source is None:
         everything = np.ones([side // factor for side in size], bool)
         return View(*facts, target, None, None, everything, crop)
-    seen = transforms.fitted(sample.source, prompts.SEEN, crop) if see else None
+    seen = transforms.fitted(sample.source, (see, see), crop) if see else None
     source = pictures.to_array(transforms.fitted(sample.source, size, crop))
     changed = transforms.changed(target, source, factor)
     return View(*facts, target, source, seen, changed, crop)
@@ -323,7 +327,8 @@ def _seen(recipe: Recipe, sample: Sample | Latents, size: Size, random: Choices)
     if recipe.precomputed:
         return sample
     at = random.crop if recipe.random_crop else (0.5, 0.5)
-    return view(sample, size, recipe.latent_factor, at, see=recipe.prompter is not None)
+    see = recipe.prompter.image_side if recipe.prompter else 0
+    return view(sample, size, recipe.latent_factor, at, see)
 
 
 def _pixels(recipe: Recipe, views: Sequence[View]) -> dict[str, np.ndarray]:
@@ -359,7 +364,6 @@ def text_inputs(
       length: tokens of every row.
       force_images: add the images' arrays where no row has an image.
     """
-    patches = (prompts.IMAGE_SIDE // prompter.image_processor.patch_size) ** 2
     parts = []
     for mode in prompts.MODES:
         rows = [i for i, image in enumerate(images) if (image is not None) == (mode != GENERATE)]
@@ -374,7 +378,7 @@ def text_inputs(
             max_tokens=min(length - drop, prompts.MAX_TOKENS[mode]),
             truncate=True,
             text_buckets=(length,),
-            patch_buckets=(patches,),
+            patch_buckets=(prompter.image_patches,),
             force_images=force_images or any(image is not None for image in images),
         )
         parts.append((rows, {**inputs, "drop": np.full(len(rows), drop, np.int32)}))
@@ -390,11 +394,6 @@ def _interleaved(
         for key, array in arrays.items():
             out[key][places] = array
     return out
-
-
-def image_tokens(prompter: Prompter) -> int:
-    side = prompts.IMAGE_SIDE // prompter.image_processor.patch_size
-    return (side // prompter.numbers["spatial_merge_size"]) ** 2
 
 
 def _latents(

@@ -31,7 +31,8 @@ TAGS = {
 }
 
 IMAGE_PAD = "<|image_pad|>"
-# The encoder's view of a source image, whatever the picture's own size, in pixels.
+# The encoder's view of a source image, whatever the picture's own size, in pixels: of a released
+# model's.
 IMAGE_SIDE = 512
 SEEN = (IMAGE_SIDE, IMAGE_SIDE)
 
@@ -77,6 +78,16 @@ class Prompter(NamedTuple):
     image_processor: Any  # a transformers image processor of Qwen2-VL's kind
     numbers: Mapping[str, int]  # `Qwen3VLConfig.input_numbers`
     drop: DropCounts = DropCounts()
+    image_side: int = IMAGE_SIDE
+
+    @property
+    def image_patches(self) -> int:
+        """Patches of a source image, before they are merged to tokens."""
+        return (self.image_side // self.image_processor.patch_size) ** 2
+
+    @property
+    def image_tokens(self) -> int:
+        return self.image_patches // self.numbers["spatial_merge_size"] ** 2
 
 
 def tagged(mode: str, prompt: str) -> str:
@@ -94,15 +105,15 @@ def drop_counts(tokenizer: Any) -> DropCounts:
     return DropCounts(**{m: len(tokenizer(_PREFIXES[m])["input_ids"]) for m in MODES})
 
 
-def rules(drop: DropCounts) -> list:
+def rules(drop: DropCounts, image_side: int) -> list:
     """All that decides how a text is put into its template and cut, by JSON values."""
     texts = [templated(m, text) for m in MODES for text in (NULL, tagged(m, NULL))]
-    return [texts, list(drop), MAX_TOKENS, IMAGE_SIDE]
+    return [texts, list(drop), MAX_TOKENS, image_side]
 
 
 def fingerprint(prompter: Prompter) -> str:
     """What tells prompters apart that make other tokens of a text: sha256 in hex."""
-    given = [rules(prompter.drop), dict(prompter.numbers)]
+    given = [rules(prompter.drop, prompter.image_side), dict(prompter.numbers)]
     total = hashlib.sha256(json.dumps(given, sort_keys=True).encode())
     total.update(prompter.tokenizer.backend_tokenizer.to_str().encode())
     return total.hexdigest()
@@ -140,7 +151,7 @@ def prompt_inputs(
             raise PromptError(f"the prompt {_short(text)} contains {IMAGE_PAD}, which is reserved")
     filled, pixels = [templated(mode, text) for text in texts], {}
     if images is not None:
-        pixels = image_patches(prompter.image_processor, images)
+        pixels = image_patches(prompter.image_processor, images, prompter.image_side)
         merged = pixels["image_grid_thw"].prod(1) // prompter.numbers["spatial_merge_size"] ** 2
         # as Qwen3VLProcessor does: one pad becomes as many as the image has tokens
         filled = [
@@ -159,10 +170,12 @@ def prompt_inputs(
     return qwen_inputs({**_padded(rows), **pixels}, **prompter.numbers, **buckets)
 
 
-def image_patches(image_processor: Any, images: Sequence[Image.Image]) -> dict[str, np.ndarray]:
-    """The encoder's patches of RGB pictures, each seen at 512 x 512: pixel_values and
-    image_grid_thw."""
-    views = [resized(image, IMAGE_SIDE, IMAGE_SIDE) for image in images]
+def image_patches(
+    image_processor: Any, images: Sequence[Image.Image], side: int = IMAGE_SIDE
+) -> dict[str, np.ndarray]:
+    """The encoder's patches of RGB pictures, each seen as a square of `side` pixels: pixel_values
+    and image_grid_thw."""
+    views = [resized(image, side, side) for image in images]
     return dict(image_processor(images=views, return_tensors="np"))
 
 

@@ -1,6 +1,6 @@
 """From noise to data along the flow, and guidance, over any velocity function.
 
-A velocity function takes xt [B, ...] and sigma (a float32 scalar) and gives vt [B, ...]. A
+A velocity function takes xt [B, ...] and sigma (float32, a scalar or [B]) and gives vt [B, ...]. A
 *conditioned* one takes a third argument: a tree of arrays with leading axis B. Guidance turns a
 conditioned one into a plain one; it stacks its branches along B, so that the network is called
 once a step.
@@ -48,17 +48,17 @@ def sample(
         return velocity_fn(xt, sigma).astype(jnp.float32)
 
     def heun(xt, vt, sigma, after):
-        end = velocity(xt + (after - sigma) * vt, after)
+        end = velocity(euler(xt, vt, sigma, after), after)
         return xt + (after - sigma) * (vt + end) / 2
 
     def step(xt, at):
         number, sigma, after = at
         vt = velocity(xt, sigma)
-        euler = xt + (after - sigma) * vt
+        reached = euler(xt, vt, sigma, after)
         if method == "heun":
-            xt = lax.cond(after > 0, lambda: heun(xt, vt, sigma, after), lambda: euler)
+            xt = lax.cond(after > 0, lambda: heun(xt, vt, sigma, after), lambda: reached)
         else:
-            xt = euler
+            xt = reached
         if on_step is not None:
             jax.debug.callback(on_step, number)
         return xt, None
@@ -69,6 +69,11 @@ def sample(
     return x0
 
 
+def euler(xt: Array, vt: Array, sigma: Array, after: Array) -> Array:
+    """x at `after` from xt at sigma, along vt: a step of the deployed sampler."""
+    return xt + (after - sigma) * vt.astype(jnp.float32)
+
+
 def branches(velocity_fn: ConditionedFn, conditions: list[Any], xt: Array, sigma: Array) -> Array:
     """The velocities of xt [B, ...] under K conditions, from one call: [K, B, ...].
 
@@ -76,6 +81,7 @@ def branches(velocity_fn: ConditionedFn, conditions: list[Any], xt: Array, sigma
     """
     k = len(conditions)
     stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions)
+    sigma = jnp.tile(sigma, k) if jnp.ndim(sigma) else sigma
     vt = velocity_fn(jnp.concatenate([xt] * k), sigma, stacked)
     return vt.reshape(k, *xt.shape)
 
@@ -113,6 +119,7 @@ def dual_guidance(
       null: empty instruction, blank source (v0).
       image: empty instruction, source (v_I).
       text: instruction, source (v_IT).
+      scale: an array of its own for every row is shaped to multiply xt.
       image_scale: a Python number 1 cancels v0, which leaves two branches. Inside `jit` it must be
         a Python number for that; an array always takes three.
     """

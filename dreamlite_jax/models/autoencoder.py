@@ -112,6 +112,15 @@ TINY = AutoencoderConfig(
 )
 
 
+# A quarter of the side: for the shapes world at 32 px.
+SHAPES = AutoencoderConfig(
+    encoder_block_out_channels=(32, 32, 32),
+    decoder_block_out_channels=(32, 32, 32),
+    num_encoder_blocks=(0, 2, 2),
+    num_decoder_blocks=(2, 2, 1),
+)
+
+
 class Block(nn.Module):
     """Three 3x3 convolutions with ReLUs around a residual: [B, H, W, features] -> the same."""
 

@@ -312,7 +312,19 @@ NANO = dataclasses.replace(
     attention_head_dim=(2, 2),
 )
 
-PRESETS = {"dreamlite": DREAMLITE, "tiny": TINY, "nano": NANO}
+# For the shapes world at 32 px. Its latents are as small as the lowest level of a released model's,
+# so that every level has self-attention: an edit copies across the seam.
+SHAPES = dataclasses.replace(
+    TINY,
+    down_block_types=("DreamLiteCrossAttnDownBlock2D",) * 3,
+    up_block_types=("DreamLiteCrossAttnUpBlock2D",) * 3,
+    block_out_channels=(48, 96, 160),
+    layers_per_block=1,
+    transformer_layers_per_block=(1, 1, 1),
+    attention_head_dim=(2, 4, 5),
+)
+
+PRESETS = {"dreamlite": DREAMLITE, "tiny": TINY, "nano": NANO, "shapes": SHAPES}
 
 
 class UNet(nn.Module):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from dreamlite_jax.data import transforms
 from dreamlite_jax.errors import UserError
 
-DIFFUSION, AUTOENCODER, GRPO = "diffusion", "autoencoder", "grpo"
+DIFFUSION, AUTOENCODER, GRPO, DMD2 = "diffusion", "autoencoder", "grpo", "dmd2"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -48,7 +48,11 @@ _NOT_NEGATIVE = (
     *("seed", "workers", "text_length", "patience", "profile_at"),
     *("log.every", "checkpoint.every", "checkpoint.keep_every", "sample.every"),
 )
-_TRAINED = {AUTOENCODER: ("vae",), GRPO: ("unet",)}  # what a stage can train; others: both
+_TRAINED = {
+    AUTOENCODER: ("vae",),
+    GRPO: ("unet",),
+    DMD2: ("unet",),
+}  # what a stage can train; others: both
 
 
 def wrong_numbers(raw: ConfigDict) -> list[str]:

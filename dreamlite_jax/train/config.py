@@ -17,11 +17,12 @@ from dreamlite_jax.data import pipeline, streams, transforms
 from dreamlite_jax.data.pipeline import Recipe
 from dreamlite_jax.models import blocks, unet
 from dreamlite_jax.models.primitives import PLAIN
-from dreamlite_jax.objectives import autoencoding, flow_matching, grpo
+from dreamlite_jax.objectives import autoencoding, dmd2, flow_matching, grpo
 from dreamlite_jax.rewards import opening
 from dreamlite_jax.train import (
     checks,
     costs,
+    distillation,
     optim,
     origins,
     reinforcement,
@@ -32,20 +33,22 @@ from dreamlite_jax.train import (
 from dreamlite_jax.train.checks import (
     AUTOENCODER,
     DIFFUSION,
+    DMD2,
     DTYPES,
     GRPO,
     ConfigError,
     settings_of,
 )
 from dreamlite_jax.train.loop import Schedule, Stage
+from dreamlite_jax.train.rollouts import REFERENCE
 from dreamlite_jax.train.state import Params
 
 STAGES = {
     DIFFUSION: flow_matching.Settings,
     AUTOENCODER: autoencoding.Settings,
     GRPO: grpo.Settings,
+    DMD2: dmd2.Settings,
 }
-TINY = "tiny"
 
 
 class Run(NamedTuple):
@@ -64,7 +67,8 @@ class Run(NamedTuple):
     origins: dict[str, origins.Origin]  # of every network
     rl: reinforcement.Settings | None = None  # of the stage "grpo", as what follows
     rewards: tuple[opening.Weighted, ...] = ()
-    reference: origins.Origin | None = None
+    distill: distillation.Settings | None = None  # of the stage "dmd2"
+    reference: origins.Origin | None = None  # of both: the U-Net that the run began with
 
 
 # --- Checking -------------------------------------------------------------------------------------
@@ -131,14 +135,27 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
     if rl and mesh:
         numbers = raw.batch_size, raw.accumulation, mesh.size
         problems += reinforcement.problems(rl, *numbers, reinforcement.tasks_of(recipe))
+    distill = (
+        attempt(distillation.settings_of, raw.distill, settings_of) if raw.stage == DMD2 else None
+    )
+    if distill:
+        problems += distillation.problems(distill, raw.steps)
     found = attempt(_origins, raw, workdir, model_dir)
     if config and found:
         used = {name: found[name] for name in networks_of(raw)}
         problems += attempt(origins.problems, used, config) or []
         if recipe and recipe.precomputed:
             problems += _not_precomputed(raw, used, model_dir)
+    teacher = attempt(origins.reference, raw.init_from, model_dir) if distill and found else None
+    if teacher and config:
+        random = raw.model in tiny.PRESETS
+        problems += attempt(distillation.teacher_problems, teacher, random) or []
+        problems += attempt(origins.problems, {"unet": teacher}, config) or []
     if problems:
         raise ConfigError("; ".join(dict.fromkeys(problems)))
+    if distill:
+        recipe = distillation.conditions_of(recipe, loss)
+        validation = validation and distillation.conditions_of(validation, loss)
     for_rl = reinforcement.opened(rl, recipe, raw.init_from, model_dir) if rl else {}
     schedule = Schedule(
         steps=raw.steps,
@@ -166,15 +183,28 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         model_dir=model_dir,
         origins=found,
         rl=rl,
-        **for_rl,
+        distill=distill,
+        **({"reference": teacher} if teacher else for_rl),
     )
 
 
 def optimisation_of(raw: ConfigDict) -> stages.Optimisation:
-    """How a config's parameters move."""
+    """How a config's parameters move: a student's of the stage "dmd2"."""
     settings = settings_of(optim.Settings, raw.optim, "optim")
-    tx = optim.make_tx(settings, raw.steps * raw.rl.get("updates", 1))
+    steps = raw.steps * raw.rl.get("updates", 1)
+    if raw.stage == DMD2:
+        made = distillation.settings_of(raw.distill, settings_of)
+        steps = max(distillation.student_updates(made, raw.steps), 1)
+    tx = optim.make_tx(settings, steps)
     return stages.Optimisation(tx, raw.ema_decay, raw.accumulation, settings.clip, settings.trained)
+
+
+def score_optimisation_of(raw: ConfigDict) -> stages.Optimisation:
+    """How the fake score's do, in the stage "dmd2": nothing asks for its average."""
+    settings = settings_of(optim.Settings, raw.optim, "optim")
+    rate = distillation.settings_of(raw.distill, settings_of).score_lr or settings.lr
+    tx = optim.make_tx(settings._replace(lr=rate), raw.steps)
+    return stages.Optimisation(tx, 0.0, raw.accumulation, settings.clip, settings.trained)
 
 
 def rules_of(raw: ConfigDict) -> tuple[sharding.Rule, ...]:
@@ -204,14 +234,15 @@ def _nothing_trained(raw: ConfigDict, config: system.Config, settings: optim.Set
 
 
 def model_dir_of(raw: ConfigDict, workdir: str | os.PathLike) -> Path:
-    """The model directory of a run; a tiny one is made in its workdir."""
-    return Path(workdir) / "tiny_model" if raw.model == TINY else Path(raw.model)
+    """The model directory of a run; a small random one is made in its workdir."""
+    made = raw.model in tiny.PRESETS
+    return Path(workdir) / f"{raw.model}_model" if made else Path(raw.model)
 
 
 def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
-    if raw.model == TINY and not (model_dir / "model_index.json").is_file():
+    if raw.model in tiny.PRESETS and not (model_dir / "model_index.json").is_file():
         if jax.process_index() == 0:
-            tiny.tiny_model_dir(model_dir)
+            tiny.tiny_model_dir(model_dir, preset=raw.model)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -248,9 +279,9 @@ def _origins(
     fresh = "vae" if raw.stage == AUTOENCODER else "unet"
     found = origins.choose(system.NETWORKS, raw.train, fresh, workdir, raw.init_from, model_dir)
     given = [name for name, origin in found.items() if origin == ("model", raw.init_from)]
-    if given and raw.model == TINY:
+    if given and raw.model in tiny.PRESETS:
         raise ConfigError(
-            f'init_from {raw.init_from} is a model directory, but model is "{TINY}", whose '
+            f'init_from {raw.init_from} is a model directory, but model is "{raw.model}", whose '
             f"encoders are random; set model to {raw.init_from}, too"
         )
     return found
@@ -359,7 +390,9 @@ def make_stage(run: Run) -> Stage:
     trained, frozen = load_params(run)
     if run.reference:
         given = "unet", run.reference, run.config.unet, run.raw.seed
-        frozen[rollouts.REFERENCE] = origins.load(*given)
+        frozen[REFERENCE] = origins.load(*given)
+    if run.distill:
+        return _distillation_stage(run, frozen.pop(REFERENCE), trained, frozen)
     loss_fn, how = make_loss(run), run.optimisation
     stage = stages.make_stage(loss_fn, trained, frozen, how, run.mesh, run.rules, _predict_fns(run))
     if not run.rl:
@@ -371,6 +404,16 @@ def make_stage(run: Run) -> Stage:
     )
 
 
+def _distillation_stage(run: Run, teacher: Params, trained: Params, frozen: Params) -> Stage:
+    both = run.optimisation, score_optimisation_of(run.raw)
+    step_fn = distillation.make_step(
+        run.config, run.distill, run.loss, run.recipe.context_length, *both
+    )
+    networks = teacher, trained, frozen
+    rest = run.loss.gan > 0, run.mesh, run.rules, _predict_fns(run)
+    return distillation.make_stage(run.config, step_fn, *networks, *both, *rest)
+
+
 def _predict_fns(run: Run) -> dict[str, Any]:
     raw, found = run.raw, {}
     shown = (run.validation or run.recipe)._replace(dropout=transforms.NEVER)
@@ -379,6 +422,18 @@ def _predict_fns(run: Run) -> dict[str, Any]:
     batch = pipeline.batch(shown, plan, rows, 0)
     if raw.stage == AUTOENCODER:
         found["reconstruction"] = stages.reconstruction_fn(run.config, run.mesh, batch)
+    elif run.distill:
+        with_null = distillation.conditions_of(shown, run.loss)
+        found["comparison"] = distillation.comparison_fn(
+            run.config,
+            run.mesh,
+            run.distill,
+            run.loss,
+            pipeline.batch(with_null, plan, rows, 0),
+            pipeline.captions(shown, plan, rows, 0),
+            shown.context_length,
+            raw.sample.steps,
+        )
     else:
         null = None
         if raw.sample.guidance != 1:
@@ -396,6 +451,8 @@ def _predict_fns(run: Run) -> dict[str, Any]:
             raw.sample.guidance,
             scored=reinforcement.scores_shown(run.rewards, asked) if run.rl else None,
         )
+    if run.distill:
+        return found  # a loss on fixed batches would tell nothing of a moving aim
     if run.validation and run.rl:
         given = run.config, run.mesh, shown, run.rewards, raw.sample.steps, raw.sample.guidance
         found["validation"] = reinforcement.validation_fn(*given)
@@ -417,6 +474,7 @@ def meta_of(run: Run) -> dict[str, Any]:
         "data": pipeline.description(run.recipe),
         **origins.meta_of(run.config, run.origins, run.raw.train, run.model_dir),
         **({"reference": origins.described(run.reference)} if run.reference else {}),
+        **({"inside": f"{distillation.STUDENT}/", "mobile": True} if run.distill else {}),
     }
 
 
@@ -425,11 +483,11 @@ def check_resumed(run: Run, saved: Mapping[str, Any]) -> None:
 
     Raises:
       mixture.MixtureError: the data changed and that is not allowed.
-      ConfigError: the reference of the policy is another.
+      ConfigError: the policy's reference, or the student's teacher, is another.
     """
     if run.reference and saved["reference"] != (now := origins.described(run.reference)):
         raise ConfigError(
-            f"the policy was held to {saved['reference']}, now init_from gives {now}; restore it, "
+            f"the run began with {saved['reference']}, now init_from gives {now}; restore it, "
             "or begin in another workdir"
         )
     found = pipeline.check_unchanged(saved["data"], run.recipe, run.raw.allow_changed_data)

@@ -91,6 +91,20 @@ def choose(
     return {name: origin(name) for name in names}
 
 
+def reference(init_from: str, model_dir: str | Path) -> Origin:
+    """Where a run's U-Net came from before its first checkpoint: what a policy is held to, the
+    teacher of a student. Raises as `choose`."""
+    # A model directory is no workdir: there is no checkpoint of its own.
+    return choose(("unet",), (), "unet", model_dir, init_from, model_dir)["unet"]
+
+
+def is_mobile(origin: Origin) -> bool:
+    """Whether a network comes from a model for few steps without guidance."""
+    if origin.kind == "model":
+        return system.read_config(origin.folder).mobile
+    return origin.kind == "run" and checkpoint.read_meta(origin.folder)[1].get("mobile", False)
+
+
 def described(origin: Origin) -> str:
     """An origin with the step of its checkpoint, which says whether it is still the same."""
     step = checkpoint.latest_step(origin.folder) if origin.kind == "run" else None
@@ -138,7 +152,8 @@ def load(name: str, origin: Origin, config: Any, seed: int = 0, part: Part = "em
         case "own":
             return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         case "run":
-            return _host(checkpoint.read_part(origin.folder, f"{part}/{name}", shapes))
+            inside = checkpoint.read_meta(origin.folder)[1].get("inside", "")
+            return _host(checkpoint.read_part(origin.folder, f"{inside}{part}/{name}", shapes))
         case "model":
             return pretrained.read(origin.folder, component, put=lambda path, array: array)[1]
         case "scratch":
@@ -155,7 +170,11 @@ def meta_of(
     trained: Iterable[str],
     model_dir: Path,
 ) -> dict[str, Any]:
-    """What a checkpoint says of its networks: for `trained_by`, `load_run` and `problems`."""
+    """What a checkpoint says of its networks: for `trained_by`, `load_run` and `problems`.
+
+    A stage with several states adds "inside", the path of the one that is the model, with a slash;
+    one that makes a model for few steps adds "mobile".
+    """
     return {
         "trained": list(trained),
         "trained_by": {name: o.folder for name, o in origins.items() if o.kind == "run"},
@@ -173,7 +192,8 @@ def load_run(
     Args:
       step: of the run's checkpoint; None: the latest.
       part: "ema", the average, or "params", the parameters of the last step.
-      mobile: whether it is a model for few steps without guidance; None: as its model directory.
+      mobile: whether it is a model for few steps without guidance; None: as the run's stage makes
+        it, or else its model directory.
 
     Raises:
       checkpoint.CheckpointError: the run, or one before it, has no such checkpoint.
@@ -186,13 +206,15 @@ def load_run(
         name: component.config.from_dict(meta["configs"][name])
         for name, component in system.NETWORKS.items()
     }
-    config = base._replace(**networks, mobile=base.mobile if mobile is None else mobile)
-    runs = meta["trained_by"]
+    made_mobile = meta.get("mobile", base.mobile) if mobile is None else mobile
+    config = base._replace(**networks, mobile=made_mobile)
+    runs, inside = meta["trained_by"], meta.get("inside", "")
     params = {}
     for name, network in networks.items():
         if name in meta["trained"]:
             shapes = pretrained.param_shapes(system.NETWORKS[name], network)
-            params[name] = _host(checkpoint.read_part(workdir, f"{part}/{name}", shapes, step))
+            where = f"{inside}{part}/{name}"
+            params[name] = _host(checkpoint.read_part(workdir, where, shapes, step))
         else:
             origin = Origin("run", runs[name]) if name in runs else Origin("model", str(model_dir))
             params[name] = load(name, origin, network)

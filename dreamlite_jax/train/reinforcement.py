@@ -118,12 +118,10 @@ def opened(
     Raises as `open_rewards`.
     """
     recipe = prompts_of(recipe, settings.rollouts)
-    # A model directory is no workdir: there is no checkpoint of its own.
-    reference = origins.choose(("unet",), (), "unet", model_dir, init_from, model_dir)["unet"]
     return {
         "recipe": recipe,
         "rewards": open_rewards(settings, recipe),
-        "reference": reference,
+        "reference": origins.reference(init_from, model_dir),
     }
 
 

@@ -21,7 +21,6 @@ from dreamlite_jax import system
 from dreamlite_jax.data.mixture import TASKS
 from dreamlite_jax.diffusion import flow, sampling, sde
 from dreamlite_jax.objectives import grpo
-from dreamlite_jax.system import Condition, Texts
 from dreamlite_jax.train import sharding, stages
 from dreamlite_jax.train.optim import once
 from dreamlite_jax.train.state import Params, TrainState
@@ -43,38 +42,15 @@ class Rollouts(NamedTuple):
 # --- The policy -----------------------------------------------------------------------------------
 
 
-def conditions(
-    config: system.Config, params: Params, batch: Any, context_length: int
-) -> tuple[dict[str, Array], tuple[int, ...]]:
-    """What the policy is told of a batch's P rows, and the shape (h, w, c) of its latents.
-
-    `context` [P, C, F], `mask` [P, C], `source` [P, h, w, c], `time_ids` [P, 2], and with guidance
-    `null_context` and `null_mask`.
-    """
-    x0, at = stages.conditioned(config, params, batch, context_length)
-    found = {**at.texts._asdict(), "source": at.source, "time_ids": at.time_ids}
-    null = {k.removeprefix("null_"): v for k, v in batch.items() if k.startswith("null_")}
-    if null:
-        texts = stages.conditioned(config, params, {**batch, **null}, context_length)[1].texts
-        found |= {f"null_{name}": array for name, array in texts._asdict().items()}
-    return found, x0.shape[1:]
-
-
 def policy(config: system.Config, unet: Params, given: Any, guidance: float) -> sampling.VelocityFn:
-    """The velocity function of a U-Net under `conditions`: sigma may be a scalar or [rows]."""
-    texts = Texts(given["context"], given["mask"])
-    at = Condition(texts, given["source"], given["time_ids"])
+    """The velocity function of a U-Net under `stages.conditions`: sigma may be a scalar or
+    [rows]."""
+    velocity = functools.partial(system.velocity, config, unet)
     if guidance == 1:
-        return sampling.plain(functools.partial(system.velocity, config, unet), at)
-
-    def velocity(xt: Array, sigma: Array, at: Condition) -> Array:
-        branches = xt.shape[0] // given["time_ids"].shape[0]
-        sigma = jnp.tile(sigma, branches) if jnp.ndim(sigma) else sigma
-        return system.velocity(config, unet, xt, sigma, at)
-
+        return sampling.plain(velocity, stages.condition(given))
     # The source stays: guidance is by the text alone.
-    nothing = at._replace(texts=Texts(given["null_context"], given["null_mask"]))
-    return sampling.single_guidance(velocity, nothing, at, guidance)
+    both = stages.condition(given, null=True), stages.condition(given)
+    return sampling.single_guidance(velocity, *both, guidance)
 
 
 # --- Rollouts -------------------------------------------------------------------------------------
@@ -91,7 +67,7 @@ def make_rollout(
       number: of the rollout, from 0; a sliding window follows it.
 
     `rows` has what an update needs, [B, ...]: `grpo.Old`'s fields [B, W, ...] and `given`,
-    `conditions`; pictures uint8 [B, H, W, 3]; diversity float32 [P].
+    `stages.conditions`; pictures uint8 [B, H, W, 3]; diversity float32 [P].
     """
     process = settings.process
     spread = NamedSharding(mesh, sharding.ROWS)
@@ -101,8 +77,8 @@ def make_rollout(
 
     def rollout(params: Params, frozen: Params, batch: Any, key: Array, number: Array):
         networks, (for_window, for_rows) = {**frozen, **params}, jax.random.split(key)
-        given, shape = conditions(config, networks, batch, context_length)
-        given = jax.tree.map(repeated, given)
+        given, x0 = stages.conditions(config, networks, batch, context_length)
+        given, shape = jax.tree.map(repeated, given), x0.shape[1:]
         rows = given["time_ids"].shape[0]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(for_rows, jnp.arange(rows))
         sigmas = flow.sigma_list(process.steps, flow.resolution_mu(*shape[:2], config.shift))

@@ -27,7 +27,7 @@ from dreamlite_jax.objectives import autoencoding, flow_matching
 from dreamlite_jax.system import Condition, Texts
 from dreamlite_jax.train import sharding
 from dreamlite_jax.train.loop import Predictions, Stage
-from dreamlite_jax.train.state import Params, new_state
+from dreamlite_jax.train.state import Params, TrainState, new_state
 from dreamlite_jax.train.update import LossFn, Mean, make_update
 
 
@@ -60,13 +60,20 @@ def make_stage(
 
     def init_fn(key: Array) -> tuple[Any, Any]:
         del key  # nothing but the parameters is random, and they are given
-        params = sharding.place(trained, where(trained))
-        start = functools.partial(new_state, tx=optimisation.tx)
-        state = jax.jit(start, out_shardings=where(jax.eval_shape(start, params)))(params)
+        state = placed_state(trained, optimisation.tx, where)
         return state, sharding.place(frozen, where(frozen))
 
     step_fn = make_update(loss_fn, *optimisation)
     return Stage(init_fn, step_fn, predict_fns=predict_fns or {})
+
+
+def placed_state(
+    trained: Params, tx: optax.GradientTransformation, where: Callable[[Any], Any]
+) -> TrainState:
+    """The state at step 0 of host arrays, each part where it belongs: never whole on a device."""
+    params = sharding.place(trained, where(trained))
+    start = functools.partial(new_state, tx=tx)
+    return jax.jit(start, out_shardings=where(jax.eval_shape(start, params)))(params)
 
 
 # --- Diffusion ------------------------------------------------------------------------------------
@@ -87,14 +94,16 @@ def diffusion_loss(
             return system.velocity(config, params["unet"], xt, sigma, at)
 
         losses = flow_matching.losses(velocity_fn, x0, sigma, noise, settings, batch["changed"])
-        metrics = {
-            f"loss/{task}": Mean.of(losses, batch["task"] == k) for k, task in enumerate(TASKS)
-        }
-        quarter = jnp.minimum((4 * sigma).astype(jnp.int32), 3)
-        metrics |= {f"loss/sigma_{k}": Mean.of(losses, quarter == k) for k in range(4)}
-        return losses.mean(), metrics
+        return losses.mean(), loss_metrics(losses, batch["task"], sigma)
 
     return loss_fn
+
+
+def loss_metrics(losses: Array, task: Array, sigma: Array) -> dict[str, Mean]:
+    """Means of losses [B] by task, int [B], and by quarter of sigma [B]."""
+    metrics = {f"loss/{name}": Mean.of(losses, task == k) for k, name in enumerate(TASKS)}
+    quarter = jnp.minimum((4 * sigma).astype(jnp.int32), 3)
+    return metrics | {f"loss/sigma_{k}": Mean.of(losses, quarter == k) for k in range(4)}
 
 
 def conditioned(
@@ -119,6 +128,30 @@ def conditioned(
             config, params["text_encoder"], inputs, batch["drop"], context_length
         )
     return x0, Condition(texts, source, batch["time_ids"])
+
+
+def conditions(
+    config: system.Config, params: Params, batch: Any, context_length: int
+) -> tuple[dict[str, Array], Array]:
+    """What the U-Net is told of a batch's rows as plain arrays, which can be repeated and split,
+    and clean target latents [B, h, w, c].
+
+    `context` [B, C, F], `mask` [B, C], `source` [B, h, w, c], `time_ids` [B, 2], and where the
+    batch has null texts, `null_context` and `null_mask`.
+    """
+    x0, at = conditioned(config, params, batch, context_length)
+    given = {**at.texts._asdict(), "source": at.source, "time_ids": at.time_ids}
+    null = {k.removeprefix("null_"): v for k, v in batch.items() if k.startswith("null_")}
+    if null:
+        texts = conditioned(config, params, {**batch, **null}, context_length)[1].texts
+        given |= {f"null_{name}": array for name, array in texts._asdict().items()}
+    return given, x0
+
+
+def condition(given: Mapping[str, Array], null: bool = False) -> Condition:
+    """One of `conditions`: with the texts, or with the null texts."""
+    texts = Texts(*(given[f"null_{name}" if null else name] for name in Texts._fields))
+    return Condition(texts, given["source"], given["time_ids"])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "context_length"))

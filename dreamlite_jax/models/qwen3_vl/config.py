@@ -6,6 +6,7 @@ own default. Only what changes the numbers is kept; what this implementation wou
 differently is refused.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -279,4 +280,11 @@ TINY = Qwen3VLConfig(
     vision_start_token_id=257,
     vision_end_token_id=258,
     tie_word_embeddings=True,
+)
+
+# For the shapes world, whose captions are made of few words.
+SHAPES = dataclasses.replace(
+    TINY,
+    text=dataclasses.replace(TINY.text, vocab_size=1024, num_hidden_layers=2),
+    vision=dataclasses.replace(TINY.vision, depth=1, deepstack_visual_indexes=(0,)),
 )

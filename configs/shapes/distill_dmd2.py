@@ -1,0 +1,26 @@
+"""Step distillation on the shapes world: 4 steps without guidance, from fine-tuning.
+
+python -m launch.train --config=configs/shapes/distill_dmd2.py --workdir=runs/shapes/distill
+"""
+
+from configs import distill_dmd2
+from configs.base import finished
+from configs.shapes import sft
+
+
+def get_config(variant=None):
+    config = sft.get_config()
+    config.stage = "dmd2"
+    config.init_from = "runs/shapes/sft"
+    config.data = tuple({**entry, "seed": 3} for entry in config.data)
+    config.batch_size = 64
+    config.steps = 1600
+    config.distill = distill_dmd2.distill()
+    config.distill.ratio, config.distill.warmup, config.distill.score_lr = 3, 50, 3e-4
+    config.loss = distill_dmd2.loss()
+    config.optim.lr = 1e-4
+    config.optim.beta1, config.optim.beta2 = 0.0, 0.99
+    config.optim.schedule, config.optim.warmup = "constant", 10
+    config.ema_decay = 0.98
+    config.checkpoint.every = config.sample.every = 400
+    return finished(config, variant)
