@@ -6,6 +6,8 @@ from collections.abc import Callable
 import jax
 from absl import flags
 
+flags.disclaim_key_flags()  # it is that of the command that calls `define`
+
 
 def define() -> Callable[[], None]:
     """Defines --compilation_cache; the function turns the cache on, before anything is compiled."""

@@ -11,13 +11,12 @@ and what is finished is not done again. --quick takes few steps of the smallest 
 all works, and nothing of how well.
 """
 
-import sys
 from pathlib import Path
 
 from absl import flags
 
 from dreamlite_jax import cli
-from launch.demos import driver, plan, report, summary
+from launch.demos import comparing, plan, report, summary
 from launch.files import write_json
 
 OUT = flags.DEFINE_string("out", "runs/demo", "folder for everything that the demo makes")
@@ -31,28 +30,16 @@ CACHE = flags.DEFINE_string("compilation_cache", "~/.cache/dreamlite_jax", "as o
 
 
 def main() -> None:
-    if SEEDS.value > 1 or COMPARE.value:
-        from launch.demos import comparing
-
-        return comparing.main(
-            Path(OUT.value), SEED.value, SEEDS.value, QUICK.value, CACHE.value, COMPARE.value
-        )
-    name = ("quick" if QUICK.value else "full") + (f"-{SEED.value}" if SEED.value else "")
-    made = plan.Plan(Path(OUT.value) / name, SEED.value, QUICK.value, CACHE.value)
-    run(made)
-    finish(made, Path(OUT.value))
-
-
-def run(made: plan.Plan) -> None:
-    """A demo's steps; leaves with exit code 75 where it is asked to."""
-    show = driver.Display()
-    try:
-        driver.run_all(plan.steps(made), made.folder, show)
-    except driver.Interrupted:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(driver.EXIT_TO_RESUME)
-    finally:
-        show.close()
+    out, first = Path(OUT.value), SEED.value
+    made = [plan.of(out, first + k, QUICK.value, CACHE.value) for k in range(SEEDS.value)]
+    for one in made:
+        plan.run(one, [*plan.steps(one), *(comparing.steps(one) if COMPARE.value else ())])
+    if len(made) > 1 or COMPARE.value:
+        tables = comparing.tables(made)
+        write_json(out / comparing.NAME, {"tables": tables})
+        for line in comparing.said(tables):
+            print(line)
+    finish(made[0], out)
 
 
 def finish(made: plan.Plan, out: Path) -> None:

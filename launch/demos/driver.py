@@ -311,8 +311,10 @@ def lines(progress: Progress) -> tuple[str, str]:
     if progress.now is None:
         return whole, ""
     said = progress.line or "begins"
-    if "left" not in said:
-        said += f"  about {clock(progress.step_left())} left"
+    if "left" not in said and (left := progress.step_left()):
+        said += f"  about {clock(left)} left"
+    elif "left" not in said:
+        said += f"  {clock(progress.elapsed())} so far"
     return whole, f"{progress.now.title}: {said}"
 
 

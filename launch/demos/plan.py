@@ -69,6 +69,7 @@ STAGES = (
 )
 DISTILLED = {"name": "distilled", "diversity": 16, "inputs": True}
 BUNDLES = ("fp16", "int8")
+QUICK_STEPS = 10
 CONFIGS = driver.ROOT / "configs" / "shapes"
 
 
@@ -105,6 +106,24 @@ class Plan(NamedTuple):
         return 20.0 if self.quick else seconds
 
 
+def of(out: Path, seed: int, quick: bool, cache: str) -> Plan:
+    """A demo in its own folder below `out`."""
+    name = ("quick" if quick else "full") + (f"-{seed}" if seed else "")
+    return Plan(out / name, seed, quick, cache)
+
+
+def run(plan: Plan, wanted: Sequence[Step]) -> None:
+    """Runs the steps that are not finished; leaves with exit code 75 where it is asked to."""
+    show = driver.Display()
+    try:
+        driver.run_all(wanted, plan.folder, show)
+    except driver.Interrupted:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(driver.EXIT_TO_RESUME)
+    finally:
+        show.close()
+
+
 def steps(plan: Plan) -> list[Step]:
     """All steps of a demo in their order."""
     found, before, pending = [], None, []
@@ -139,21 +158,25 @@ def stages() -> list[Stage]:
 
 
 def train(plan: Plan, stage: Stage, before: Stage | None) -> Step:
-    config = f"configs/shapes/{stage.config}.py"
-    flags = [
-        f"--config={config}:quick" if plan.quick else f"--config={config}",
-        f"--workdir={plan.run(stage)}",
+    start = plan.run(before) if before else None
+    flags = training(plan, stage.config, plan.run(stage), start)
+    if plan.quick:
+        flags.append(f"--config.steps={2 if stage.config == 'rl_grpo' else QUICK_STEPS}")
+    seconds = plan.time(stage.seconds)
+    return Step(stage.config, stage.title, lambda: ("launch.train", *flags), seconds)
+
+
+def training(plan: Plan, config: str, workdir: Path, start: Path | None) -> list[str]:
+    """What all stages' flags have in common."""
+    file = f"configs/shapes/{config}.py"
+    return [
+        f"--config={file}:quick" if plan.quick else f"--config={file}",
+        f"--workdir={workdir}",
         f"--compilation_cache={plan.cache}",
         f"--config.seed={plan.seed}",
+        *([f"--config.init_from={start}"] if start else []),
+        *(["--config.sample.every=0", "--config.checkpoint.every=4"] if plan.quick else []),
     ]
-    if before is not None:
-        flags.append(f"--config.init_from={plan.run(before)}")
-    if plan.quick:
-        few = 2 if stage.config == "rl_grpo" else 10
-        flags += [f"--config.steps={few}", "--config.sample.every=0", "--config.checkpoint.every=4"]
-    return Step(
-        stage.config, stage.title, lambda: ("launch.train", *flags), plan.time(stage.seconds)
-    )
 
 
 def evaluate(

@@ -57,7 +57,19 @@ STAGES = {
         "A student learns to do in four steps, unguided, what its teacher does in 28 guided ones.",
     ),
 }
-SHOWN = ("pretrain", "joint", "sft", "rl", "distilled")  # columns of the grids
+TEACHING = {
+    "rl": "teacher, 28 guided steps",
+    "teacher_4step": "teacher, 4 unguided steps",
+    "distilled": "student, 4 unguided steps",
+}
+# Columns of the grids: short names, five of which fit on a phone.
+SHOWN = {
+    "pretrain": "First",
+    "joint": "Joint",
+    "sft": "Tuned",
+    "rl": "RL",
+    "distilled": "Student",
+}
 
 
 def write(file: Path, folder: Path, found: Metrics) -> None:
@@ -99,19 +111,20 @@ def embedded(picture: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def shot(picture: np.ndarray, caption: str, alt: str, kind: str = "") -> str:
+def shot(picture: np.ndarray, caption: str, alt: str) -> str:
     """A small picture with a caption, which is HTML."""
-    return (
-        f'<figure class="shot {kind}"><img src="{embedded(picture)}" alt="{text(alt)}" '
-        f'width="{picture.shape[1]}" height="{picture.shape[0]}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    return f'<figure class="shot">{image(picture, alt)}<figcaption>{caption}</figcaption></figure>'
+
+
+def image(picture: np.ndarray, alt: str) -> str:
+    height, width = picture.shape[:2]
+    return f'<img src="{embedded(picture)}" alt="{text(alt)}" width="{width}" height="{height}">'
 
 
 def judged(arrays: Mapping[str, np.ndarray], k: int, label: str) -> str:
     """A variant's k-th picture with the judge's verdict."""
     if arrays["exact"][k]:
-        mark = '<b class="met">&#10003; right</b>'
+        mark = '<b class="met">&#10003;</b>'
     else:
         mark = f'<b class="missed">&#10007;</b> {arrays["score"][k]:.2f}'
     return shot(arrays["images"][k], f"{text(label)}<br>{mark}", f"{label}: {arrays['prompts'][k]}")
@@ -122,14 +135,16 @@ def sheet(
 ) -> str:
     """A card for each prompt: the source of an edit, then a picture of each column."""
     cards, first = [], next(iter(columns.values()))
+    editing = "sources" in first
     for k in rows:
-        shots = []
-        if "sources" in first:
-            shots.append(shot(first["sources"][k], "source", "the picture to edit", "source"))
-        shots += [judged(arrays, k, label) for label, arrays in columns.items()]
-        ask = text(first["prompts"][k])
-        strip = f'<div class="strip">{"".join(shots)}</div>'
-        cards.append(f'<div class="card"><p class="ask">{ask}</p>{strip}</div>')
+        shots = [judged(arrays, k, label) for label, arrays in columns.items()]
+        if editing:
+            source = shot(first["sources"][k], "Source", "the picture to edit")
+            shots = [source, '<i class="arrow" aria-hidden="true"></i>', *shots]
+        count = len(columns) + editing
+        strip = f'<div class="strip{" edits" if editing else ""}" style="--n:{count}">'
+        ask = f'<p class="ask">{text(first["prompts"][k])}</p>'
+        cards.append(f'<div class="card">{ask}{strip}{"".join(shots)}</div></div>')
     return f'<div class="sheet {kind}">{"".join(cards)}</div>'
 
 
@@ -169,8 +184,21 @@ def header(folder: Path, found: Metrics) -> str:
         f'<h1>{TITLE}</h1><p class="lead">One small network that draws and edits, trained from '
         "nothing through every stage of the paper, then packed for a phone. A judge that reads "
         "pictures says what is right.</p>"
-        f'{banner}<div class="tiles">{made}</div>'
+        f'{banner}<div class="tiles">{made}</div>{hero(folder)}'
     )
+
+
+def hero(folder: Path) -> str:
+    """The first pictures of the last model, as they come."""
+    for name in ("distilled", "rl", "sft", "joint", "pretrain"):
+        if (arrays := summary.arrays(folder, name, "t2i")) is not None:
+            shown = list(zip(arrays["images"], arrays["prompts"], strict=True))[:12]
+            made = "".join(image(picture, prompt) for picture, prompt in shown)
+            return (
+                f'<div class="hero">{made}</div><p class="soft">{VARIANTS[name]}: the first '
+                f"{len(shown)} held-out prompts, as they came.</p>"
+            )
+    return ""
 
 
 def aims(folder: Path, found: Metrics) -> str:
@@ -179,7 +207,10 @@ def aims(folder: Path, found: Metrics) -> str:
         False: '<span class="mark missed">&#10007; missed</span>',
         None: '<span class="mark open">&ndash; open</span>',
     }
-    rows = [(text(a.what), text(a.aim), text(a.result), marks[a.met]) for a in summary.aims(found)]
+    rows = [
+        (text(a.what), text(a.aim), text(a.result).replace("-", "&minus;"), marks[a.met])
+        for a in summary.aims(found)
+    ]
     return (
         "<h2>Aims and results</h2><p>Accuracy is the share of pictures with nothing wrong. In "
         "brackets: 95&thinsp;% intervals, of differences over the same prompts and noise.</p>"
@@ -288,10 +319,10 @@ def logged(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines() if line[-1:] == "}"]
 
 
-def columns(folder: Path, task: str, names: Sequence[str]) -> dict[str, dict]:
-    """What variants drew, by their names for people; those without pictures are left out."""
-    made = {VARIANTS[name]: summary.arrays(folder, name, task) for name in names}
-    return {name: arrays for name, arrays in made.items() if arrays is not None}
+def columns(folder: Path, task: str, names: Mapping[str, str]) -> dict[str, dict]:
+    """What variants drew, by their labels; those without pictures are left out."""
+    made = {label: summary.arrays(folder, name, task) for name, label in names.items()}
+    return {label: arrays for label, arrays in made.items() if arrays is not None}
 
 
 def drawings(folder: Path, found: Metrics) -> str:
@@ -301,7 +332,7 @@ def drawings(folder: Path, found: Metrics) -> str:
     rows = range(min(8, smallest(given)))
     return (
         "<h2>Text to image</h2><p>The first held-out prompts, not the best ones, from the same "
-        "noise at every stage. The number is the judge's score where not all is right.</p>"
+        "noise after every stage. A tick: nothing is wrong; else the judge's score.</p>"
         f"{sheet(given, rows)}"
     )
 
@@ -327,7 +358,7 @@ def before_after(folder: Path, found: Metrics) -> str:
     """Where reinforcement learning changed the verdict, both ways in their proportion."""
     parts = []
     for task in TASKS:
-        given = columns(folder, task, ("sft", "rl"))
+        given = columns(folder, task, {"sft": "Before", "rl": "After"})
         if len(given) < 2:
             continue
         before, after = (arrays["exact"][: smallest(given)] for arrays in given.values())
@@ -337,7 +368,7 @@ def before_after(folder: Path, found: Metrics) -> str:
         rows = [*better[:count], *worse[: 6 - count]] if total else range(min(6, len(before)))
         parts.append(
             f"<h3>{NAMES[task]}: {len(better)} of {len(before)} became right, {len(worse)} wrong"
-            f"</h3>{sheet(given, [int(k) for k in rows], 'narrow big')}"
+            f"</h3>{sheet(given, [int(k) for k in rows], 'narrow')}"
         )
     if not parts:
         return ""
@@ -349,18 +380,16 @@ def before_after(folder: Path, found: Metrics) -> str:
 
 def students(folder: Path, found: Metrics) -> str:
     """Student and teacher side by side."""
-    names = ("rl", "teacher_4step", "distilled")
-    labels = ("Teacher, 28 guided", "Teacher, 4 unguided", "Student, 4 unguided")
+    names = {"rl": "28 guided", "teacher_4step": "Teacher, 4", "distilled": "Student, 4"}
     parts, rows = [], []
     for task in TASKS:
-        made = [summary.arrays(folder, name, task) for name in names]
-        if None in made:
+        given = columns(folder, task, names)
+        if len(given) < len(names):
             continue
-        given = dict(zip(labels, made, strict=True))
         shown = range(min(6, smallest(given)))
-        parts.append(f"<h3>{NAMES[task]}</h3>{sheet(given, shown, 'narrow big')}")
-        for name, label in zip(names, labels, strict=True):
-            rows.append((f"{NAMES[task]}: {label}", *quality(found, task, name)))
+        parts.append(f"<h3>{NAMES[task]}</h3>{sheet(given, shown, 'narrow')}")
+        for name in names:
+            rows.append((f"{NAMES[task]}: {TEACHING[name]}", *quality(found, task, name)))
     if not parts:
         return ""
     head = ("", "Right", "Sharpness", "Diversity")
@@ -388,13 +417,10 @@ def bundles(folder: Path, found: Metrics) -> str:
         return ""
     shown = []
     for task in TASKS:
-        names = ("distilled", *summary.BUNDLES)
-        made = [summary.arrays(folder, name, task) for name in names]
-        if None not in made:
-            labels = ("JAX, float32", "fp16 bundle", "int8 bundle")
-            given = dict(zip(labels, made, strict=True))
+        names = {"distilled": "JAX", "bundle_fp16": "fp16", "bundle_int8": "int8"}
+        if given := columns(folder, task, names):
             rows = range(min(4, smallest(given)))
-            shown.append(f"<h3>{NAMES[task]}</h3>{sheet(given, rows, 'narrow big')}")
+            shown.append(f"<h3>{NAMES[task]}</h3>{sheet(given, rows, 'narrow')}")
     return (
         f"<h2>The bundle</h2><p>{where(folder)} Captions are encoded by the bundle's own text "
         "tower; edits are given the embeddings that JAX computed, because the bundle holds no "
