@@ -95,7 +95,7 @@ def write_bundle(folder: Path, name: str, megabytes: float) -> None:
     components = {part.split(".")[0]: [{"gpu": True}] for part in parts}
     write_json(folder / name / "manifest.json", {"files": files, "components": components})
     one = {
-        "operations": {"ADD": 40, "CONV_2D": 60},
+        "operations": {"run": {"ADD": 40, "CONV_2D": 60}},
         "delegated": True,
         "psnr": {"cpu fp32": {"a": 71.0}, "gpu fp16": {"a": 52.0}},
         "reason": "",

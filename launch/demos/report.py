@@ -453,7 +453,7 @@ def bundle(folder: Path, name: str, found: Metrics) -> str:
             delegated = {True: "all on the GPU", False: "refused", None: "not tried"}
             nearest = one["psnr"].get("gpu fp16") or one["psnr"]["cpu fp32"]
             reached = f"{min(nearest.values()):.0f} dB"
-            count = sum(one["operations"].values())
+            count = sum(sum(graph.values()) for graph in one["operations"].values())
             rows.append(
                 (
                     f"<code>{text(file)}</code>",
