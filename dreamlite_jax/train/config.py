@@ -148,7 +148,7 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
             problems += _not_precomputed(raw, used, model_dir)
     teacher = attempt(origins.reference, raw.init_from, model_dir) if distill and found else None
     if teacher and config:
-        random = raw.model in tiny.PRESETS
+        random = raw.model in tiny.PRESETS or raw.unet == "nano"  # nothing is learnt there
         problems += attempt(distillation.teacher_problems, teacher, random) or []
         problems += attempt(origins.problems, {"unet": teacher}, config) or []
     if problems:

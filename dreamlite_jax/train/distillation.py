@@ -133,8 +133,11 @@ def logits(
 
 
 def discriminator(config: system.Config) -> Discriminator:
-    groups = config.unet.norm_num_groups
-    return Discriminator(config.unet.block_out_channels[-1] // groups * groups, groups)
+    """Deep enough to end at about 4 x 4 places for pictures of the model's own size."""
+    unet = config.unet
+    side = (unet.sample_size or 128) // 2 ** (unet.levels - 1)
+    depth = max(side // 4, 1).bit_length() - 1
+    return Discriminator(depth, unet.block_out_channels[-1], unet.norm_num_groups)
 
 
 # --- Losses ---------------------------------------------------------------------------------------
