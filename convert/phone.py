@@ -6,6 +6,7 @@ bottom. Graphs are opened one after another and closed again, so that only one i
 Shapes: h and w of the latent, L context tokens, F text feature width.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,22 +25,36 @@ class PhoneError(UserError):
 
 
 class Bundle(NamedTuple):
-    """A checked bundle, and where its graphs run."""
+    """A checked bundle, and where its graphs run. With a dict as `kept` graphs stay open in it, for
+    many pictures."""
 
     folder: Path
     manifest: dict[str, Any]
     accelerator: str = "cpu"
     precision: str = "fp16"
+    kept: dict[tuple, CompiledModel] | None = None
 
     def run(self, component: str, part: int = 0, **inputs: np.ndarray) -> np.ndarray:
         """One call of a graph that is opened for it."""
-        model = self.open(component, part)
-        (output,) = model(**inputs).values()
-        model.close()
+        with self.opened(component, part) as model:
+            (output,) = model(**inputs).values()
         return output
 
-    def open(self, component: str, part: int = 0, length: int | None = None) -> CompiledModel:
-        """A graph; of several signatures the one for `length` context tokens."""
+    @contextlib.contextmanager
+    def opened(
+        self, component: str, part: int = 0, length: int | None = None
+    ) -> Iterator[CompiledModel]:
+        """A graph for a while; of several signatures the one for `length` context tokens."""
+        if self.kept is None:
+            with contextlib.closing(self._open(component, part, length)) as model:
+                yield model
+        else:
+            key = (component, part, length)
+            if key not in self.kept:
+                self.kept[key] = self._open(*key)
+            yield self.kept[key]
+
+    def _open(self, component: str, part: int, length: int | None) -> CompiledModel:
         entry = self.manifest["components"][component][part]
         names = [
             name
@@ -115,31 +130,33 @@ def denoise(
     schedule, factor = bundle.manifest["schedule"], bundle.manifest["latent"]["factor"]
     time = bundle.manifest["sinusoids"]
     h, w = noise.shape[2:]
-    unet = bundle.open("unet", length=texts.mask.shape[1])
     kind = (time["cos_first"], time["shift"])
     sizes = np.array([w * factor, h * factor], np.float32)
     common = {"time_ids": sizes[None]}
     if time["size_width"]:
         common["time_ids_sinusoids"] = sinusoids(sizes, time["size_width"], *kind)
     xt = noise
-    for sigma, after in zip(schedule["sigmas"][:-1], schedule["sigmas"][1:], strict=True):
-        timestep = np.array([1000 * sigma], np.float32)
-        common["sample"] = np.concatenate([xt, source], axis=3)
-        common["timestep"] = timestep
-        common["timestep_sinusoids"] = sinusoids(timestep, time["time_width"], *kind)
+    with bundle.opened("unet", length=texts.mask.shape[1]) as unet:
+        for sigma, after in zip(schedule["sigmas"][:-1], schedule["sigmas"][1:], strict=True):
+            timestep = np.array([1000 * sigma], np.float32)
+            common["sample"] = np.concatenate([xt, source], axis=3)
+            common["timestep"] = timestep
+            common["timestep_sinusoids"] = sinusoids(timestep, time["time_width"], *kind)
 
-        def velocity(texts):
-            named = {"encoder_hidden_states": texts.context, "encoder_attention_mask": texts.mask}
-            inputs = {name: (common | named)[name] for name in unet.inputs}
-            return unet(**inputs)["noise_pred"][..., :w]
+            def velocity(texts):
+                named = {
+                    "encoder_hidden_states": texts.context,
+                    "encoder_attention_mask": texts.mask,
+                }
+                inputs = {name: (common | named)[name] for name in unet.inputs}
+                return unet(**inputs)["noise_pred"][..., :w]
 
-        vt = velocity(texts)
-        if null is not None:
-            vt0 = velocity(null)
-            vt = vt0 + np.float32(schedule["guidance"]) * (vt - vt0)
-        xt = xt + np.float32(after - sigma) * vt
-        yield xt
-    unet.close()
+            vt = velocity(texts)
+            if null is not None:
+                vt0 = velocity(null)
+                vt = vt0 + np.float32(schedule["guidance"]) * (vt - vt0)
+            xt = xt + np.float32(after - sigma) * vt
+            yield xt
 
 
 def encode_image(bundle: Bundle, image: Image.Image) -> np.ndarray:

@@ -2,19 +2,28 @@
 
     python -m convert.run_bundle --bundle=BUNDLE --prompt="a red boat" --out=boat.png
     python -m convert.run_bundle --bundle=BUNDLE --golden --accelerator=gpu
+    python -m convert.run_bundle --bundle=BUNDLE --requests=inputs.npz --out=pictures.npz
 
-The pipeline is in `convert/phone.py`.
+The pipeline is in `convert/phone.py`. Many requests are what `launch.evaluate --inputs` writes:
+prompts [N], noise float32 [N, h, w, c]; to edit also source uint8 [N, H, W, 3], and context
+[N, L, F] with its mask [N, L]. Answered by images uint8 [N, H, W, 3] and seconds [N].
 """
 
+import os
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 from absl import flags
+from PIL import Image
 
 from convert import manifest, phone
-from convert.litert import ACCELERATORS, PRECISIONS
+from convert.litert import ACCELERATORS, PRECISIONS, StillCompilingError
 from dreamlite_jax import cli
-from dreamlite_jax.data.pictures import read_picture, write_png
+from dreamlite_jax.data.pictures import read_picture, replaced_file, write_png
+
+TRY_AGAIN = 75  # exit code: shaders compiled for too long, but are kept for the next attempt
 
 BUNDLE = flags.DEFINE_string("bundle", None, "folder of the bundle", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "what to draw, or how to edit --image")
@@ -27,6 +36,8 @@ SEED = flags.DEFINE_integer("seed", 0, "of the noise")
 NOISE = flags.DEFINE_string("noise", None, "initial latent: .npy, float32 [1, h, w, 4]")
 ACCELERATOR = flags.DEFINE_enum("accelerator", "cpu", list(ACCELERATORS), "where graphs run")
 PRECISION = flags.DEFINE_enum("precision", "fp16", list(PRECISIONS), "of the GPU")
+REQUESTS = flags.DEFINE_string("requests", None, ".npz with many requests, see above")
+LIMIT = flags.DEFINE_integer("limit", None, "the first so many of --requests", lower_bound=1)
 GOLDEN = flags.DEFINE_boolean("golden", False, "replay the bundle's golden cases; a verdict a step")
 
 
@@ -37,24 +48,67 @@ def main() -> None:
         return golden(bundle)
     if OUT.value is None:
         raise cli.CommandError("give --out, or --golden")
+    if REQUESTS.value is not None:
+        return many(bundle._replace(kept={}))
     if EMBEDDINGS.value is None and (PROMPT.value is None or IMAGE.value is not None):
         raise cli.CommandError(
             "give --prompt; to edit give --embeddings, because the bundle has no vision tower"
         )
-    null = None
     if EMBEDDINGS.value is not None:
         texts, null = phone.read_embeddings(EMBEDDINGS.value)
     else:
-        texts = phone.encode_prompt(bundle, PROMPT.value)
-        if bundle.manifest["schedule"]["guidance"] != 1:
-            with np.load(folder / bundle.manifest["text"]["null"]) as arrays:
-                null = phone.padded(bundle, arrays["context"], texts.mask.shape[1])
+        texts, null = encoded(bundle, PROMPT.value)
     noise = read_noise(bundle)
     source = np.zeros_like(noise)
     if IMAGE.value is not None:
         source = phone.encode_image(bundle, read_picture(IMAGE.value))
     *_, latent = phone.denoise(bundle, noise, texts, null, source)
     write_png(OUT.value, phone.decode(bundle, latent))
+
+
+def encoded(bundle: phone.Bundle, prompt: str) -> tuple[phone.Context, phone.Context | None]:
+    """The prompt's context, and the empty prompt's where the model needs guidance."""
+    texts = phone.encode_prompt(bundle, prompt)
+    if bundle.manifest["schedule"]["guidance"] == 1:
+        return texts, None
+    with np.load(bundle.folder / bundle.manifest["text"]["null"]) as arrays:
+        return texts, phone.padded(bundle, arrays["context"], texts.mask.shape[1])
+
+
+def many(bundle: phone.Bundle) -> None:
+    """Answers --requests. Exit code 75: the accelerator was not ready; run it again."""
+    with np.load(REQUESTS.value) as arrays:
+        given = {name: array[: LIMIT.value] for name, array in arrays.items()}
+    n = len(given["prompts"])
+    if "source" in given and bundle.manifest["schedule"]["guidance"] != 1:
+        raise cli.CommandError("many edits are for mobile models only, which need no guidance")
+    images, seconds = [], []
+    try:
+        for k in range(n):
+            began = time.monotonic()
+            images.append(answered(bundle, {name: array[k] for name, array in given.items()}))
+            seconds.append(time.monotonic() - began)
+            print(f"{k + 1}/{n} pictures", flush=True)
+    except StillCompilingError as error:
+        print(f"{error}", file=sys.stderr, flush=True)
+        os._exit(TRY_AGAIN)
+    with replaced_file(OUT.value) as stream:
+        np.savez_compressed(stream, images=np.stack(images), seconds=np.array(seconds))
+    sys.stdout.flush()
+    os._exit(0)  # a driver's threads may outlive the interpreter, which ends badly
+
+
+def answered(bundle: phone.Bundle, request: dict[str, np.ndarray]) -> np.ndarray:
+    """The picture uint8 [H, W, 3] of one request."""
+    noise, null = request["noise"].transpose(2, 0, 1)[None], None
+    source = np.zeros_like(noise)
+    if "source" in request:
+        source = phone.encode_image(bundle, Image.fromarray(request["source"]))
+        texts = phone.padded(bundle, request["context"][None, : request["mask"].sum()])
+    else:
+        texts, null = encoded(bundle, str(request["prompts"]))
+    *_, latent = phone.denoise(bundle, noise, texts, null, source)
+    return phone.decode(bundle, latent)
 
 
 def golden(bundle: phone.Bundle) -> None:

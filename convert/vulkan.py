@@ -112,7 +112,8 @@ def _unpacked(scratch: Path, release: str) -> Path:
 
 
 def _arranged(scratch: Path) -> Path:
-    """The libraries in one folder, and the driver's description with its absolute path."""
+    """The libraries in one folder, and the driver's description with its path relative to that, so
+    that the whole may be moved."""
     new = scratch / "new"
     (new / "lib").mkdir(parents=True)
     for file in (scratch / "root").rglob("*.so*"):
@@ -126,7 +127,7 @@ def _arranged(scratch: Path) -> Path:
             shutil.move(file, new / "lib")  # what it is called does not matter: see `use`
     icd = next((scratch / "root").rglob("lvp_icd*.json"))
     settings = json.loads(icd.read_text())
-    settings["ICD"]["library_path"] = str(FOLDER / "lib" / "libvulkan_lvp.so")
+    settings["ICD"]["library_path"] = "./lib/libvulkan_lvp.so"
     (new / "lvp_icd.json").write_text(json.dumps(settings, indent=2) + "\n")
     return new
 

@@ -1,59 +1,55 @@
-"""First steps without a released model: a tiny random one, and pictures from it in both modes.
+"""The whole way on the shapes world: every stage, small, from nothing to a bundle for a phone.
 
-    python -m launch.demo [--out=runs/demo]
+    python -m launch.demo [--quick] [--seed=1] [--out=runs/demo]        (or: make demo [QUICK=1])
+    python -m launch.demo --seeds=3 --compare=direct_joint
 
-The pictures are noise, because nothing was trained; files, commands and modes are the real ones.
+Autoencoder, text to image, editing, both, fine-tuning, reinforcement learning and distillation,
+each by `launch.train` with the configs of configs/shapes/; `launch.evaluate` after them, on prompts
+that training never saw; then the export, the bundles, and pictures by the bundles. OUT gets
+metrics.json and report.html. Ctrl-C saves and leaves with exit code 75; the same command goes on,
+and what is finished is not done again. --quick takes few steps of the smallest model: it shows that
+all works, and nothing of how well.
 """
 
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 from absl import flags
 
-from dreamlite_jax import cli, tiny
+from dreamlite_jax import cli
+from launch.demos import comparing, plan, report, summary
+from launch.files import write_json
 
 OUT = flags.DEFINE_string("out", "runs/demo", "folder for everything that the demo makes")
-
-PROMPTS = ("a red boat on a quiet lake", "two green apples beside a blue cup")
+QUICK = flags.DEFINE_boolean("quick", False, "few steps of the smallest model")
+SEED = flags.DEFINE_integer("seed", 0, "of all stages", lower_bound=0)
+SEEDS = flags.DEFINE_integer("seeds", 1, "how many demos with seeds that count on", lower_bound=1)
+COMPARE = flags.DEFINE_enum(
+    "compare", None, ["direct_joint"], "what the order of the stages is compared with"
+)
+CACHE = flags.DEFINE_string("compilation_cache", "~/.cache/dreamlite_jax", "as of launch.train")
 
 
 def main() -> None:
-    out = Path(OUT.value)
-    model = tiny.tiny_model_dir(out / "model")
-    print(f"{model}: a tiny random model, a directory that diffusers opens too")
-    listed = out / "prompts.txt"
-    listed.write_text("\n".join(PROMPTS) + "\n")
-
-    sample(
-        f"--model={model}",
-        f"--prompts_file={listed}",
-        "--num_images=3",
-        "--steps=4",
-        f"--out={out / 'generated'}",
-        f"--contact_sheet={out / 'generated.png'}",
-    )
-    print(f"{out / 'generated.png'}: {len(PROMPTS)} prompts, three pictures each")
-
-    sample(
-        f"--model={model}",
-        "--prompt=a sail in the same colors",
-        f"--image={out / 'generated' / '000.png'}",
-        "--num_images=2",
-        "--steps=4",
-        f"--out={out / 'edited'}",
-        f"--contact_sheet={out / 'edited.png'}",
-    )
-    print(f"{out / 'edited.png'}: the first of them, and two edits of it")
+    out, first = Path(OUT.value), SEED.value
+    made = [plan.of(out, first + k, QUICK.value, CACHE.value) for k in range(SEEDS.value)]
+    for one in made:
+        plan.run(one, [*plan.steps(one), *(comparing.steps(one) if COMPARE.value else ())])
+    if len(made) > 1 or COMPARE.value:
+        tables = comparing.tables(made)
+        write_json(out / comparing.NAME, {"tables": tables})
+        for line in comparing.said(tables):
+            print(line)
+    finish(made[0], out)
 
 
-def sample(*arguments: str) -> None:
-    """Shows the command and runs it as anyone would."""
-    print(f"$ python -m launch.sample {shlex.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "launch.sample", *arguments])
-    if done.returncode:
-        raise cli.CommandError("the command above failed")
+def finish(made: plan.Plan, out: Path) -> None:
+    """metrics.json and report.html, and a few lines of both."""
+    found = summary.collect(made.folder, made.quick, made.seed)
+    write_json(out / "metrics.json", found)
+    report.write(out / "report.html", made.folder, found)
+    for line in summary.said(found):
+        print(line)
+    print(f"{out / 'report.html'}: all of it, with pictures")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ each other by --coordinator=HOST:PORT --processes=N --process=I. All of them nee
 at the same path.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -23,14 +22,12 @@ from dreamlite_jax import cli
 from dreamlite_jax.data import pipeline
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train import loop, metrics, reinforcement, sharding, signals
-from launch import processes
+from launch import compilation, processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 connect = processes.define()
-CACHE = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/dreamlite_jax", "folder for compiled programs; empty: none"
-)
+use_cache = compilation.define()
 
 
 def main() -> None:
@@ -40,10 +37,7 @@ def main() -> None:
         raise cli.CommandError(
             f"--workdir {WORKDIR.value} is an address, expected a folder: mount the bucket"
         )
-    if CACHE.value:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE.value))
-        # Hundreds of small ones, a program for each shape, take seconds together.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    use_cache()
     connect()
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(None)

@@ -1,0 +1,1 @@
+"""What `launch.demo` is made of."""

@@ -1,0 +1,287 @@
+"""The steps of a demo: which stages there are, what each starts from, and what is asked of it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dreamlite_jax import cli
+from launch.demos import driver, summary
+from launch.demos.driver import Step
+from launch.files import read_json, write_json
+
+
+class Stage(NamedTuple):
+    """A stage of training, and what is asked of its result."""
+
+    config: str  # of configs/shapes/; also its run's name
+    title: str
+    seconds: float  # of the full demo on two cores, about
+    variants: tuple[dict, ...] = ()  # of launch.evaluate; `model` is the run
+
+
+FEW = {"steps": 4, "guidance": 1.0, "image_guidance": 1.0}
+STAGES = (
+    Stage(
+        "autoencoder",
+        "Autoencoder",
+        180,
+    ),
+    Stage(
+        "phase1_t2i",
+        "Text to image",
+        480,
+        ({"name": "pretrain", "task": ["t2i"]},),
+    ),
+    Stage(
+        "phase2_edit",
+        "Editing",
+        360,
+        ({"name": "edit", "task": ["t2i"]}, {"name": "pretrain", "task": ["edit"]}),
+    ),
+    Stage(
+        "phase3_joint",
+        "Both together",
+        360,
+        ({"name": "joint"},),
+    ),
+    Stage(
+        "sft",
+        "Fine-tuning",
+        120,
+        ({"name": "sft"},),
+    ),
+    Stage(
+        "rl_grpo",
+        "Reinforcement learning",
+        300,
+        ({"name": "rl", "diversity": 16}, {"name": "teacher_4step", "diversity": 16, **FEW}),
+    ),
+    Stage(
+        "distill_dmd2",
+        "Distillation",
+        240,
+    ),
+)
+DISTILLED = {"name": "distilled", "diversity": 16, "inputs": True}
+BUNDLES = ("fp16", "int8")
+QUICK_STEPS = 10
+CONFIGS = driver.ROOT / "configs" / "shapes"
+
+
+class Plan(NamedTuple):
+    """A demo: where, and how much."""
+
+    folder: Path
+    seed: int
+    quick: bool
+    cache: str
+
+    @property
+    def count(self) -> int:
+        """Prompts of each task and split."""
+        return 8 if self.quick else 256
+
+    @property
+    def on_bundles(self) -> int:
+        """Those of them that the bundles draw, too."""
+        return 4 if self.quick else 128
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("held_out",) if self.quick else ("held_out", "iid")
+
+    @property
+    def world(self) -> str:
+        return "quick" if self.quick else "demo"
+
+    def run(self, stage: Stage) -> Path:
+        return self.folder / "runs" / stage.config
+
+    def time(self, seconds: float) -> float:
+        return 20.0 if self.quick else seconds
+
+
+def of(out: Path, seed: int, quick: bool, cache: str) -> Plan:
+    """A demo in its own folder below `out`."""
+    name = ("quick" if quick else "full") + (f"-{seed}" if seed else "")
+    return Plan(out / name, seed, quick, cache)
+
+
+def run(plan: Plan, wanted: Sequence[Step]) -> None:
+    """Runs the steps that are not finished; leaves with exit code 75 where it is asked to."""
+    show = driver.Display()
+    try:
+        driver.run_all(wanted, plan.folder, show)
+    except driver.Interrupted:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(driver.EXIT_TO_RESUME)
+    finally:
+        show.close()
+
+
+def steps(plan: Plan) -> list[Step]:
+    """All steps of a demo in their order."""
+    found, before, pending = [], None, []
+    # The variants of a quick demo are evaluated together: most of their time is compilation.
+    for stage in stages():
+        found.append(train(plan, stage, before))
+        variants = [{**v, "model": str(plan.run(stage))} for v in stage.variants]
+        if plan.quick:
+            pending += variants
+        elif variants:
+            found.append(evaluate(plan, stage.config, f"Judging: {stage.title}", variants, 60))
+        before = stage
+    exported = plan.folder / "model"
+    flags = (f"--workdir={plan.run(before)}", f"--out={exported}", "--overwrite")
+    found.append(Step("export", "Export", lambda: ("convert.export", *flags), plan.time(20)))
+    pending.append({**DISTILLED, "model": str(exported)})
+    found.append(
+        evaluate(
+            plan,
+            "distilled",
+            "Judging: all" if plan.quick else "Judging: Distillation",
+            pending,
+            60,
+        )
+    )
+    return found + bundling(plan, exported)
+
+
+def stages() -> list[Stage]:
+    """The stages whose config is there."""
+    return [stage for stage in STAGES if (CONFIGS / f"{stage.config}.py").is_file()]
+
+
+def train(plan: Plan, stage: Stage, before: Stage | None) -> Step:
+    start = plan.run(before) if before else None
+    flags = training(plan, stage.config, plan.run(stage), start)
+    if plan.quick:
+        flags.append(f"--config.steps={2 if stage.config == 'rl_grpo' else QUICK_STEPS}")
+    seconds = plan.time(stage.seconds)
+    return Step(stage.config, stage.title, lambda: ("launch.train", *flags), seconds)
+
+
+def training(plan: Plan, config: str, workdir: Path, start: Path | None) -> list[str]:
+    """What all stages' flags have in common."""
+    file = f"configs/shapes/{config}.py"
+    return [
+        f"--config={file}:quick" if plan.quick else f"--config={file}",
+        f"--workdir={workdir}",
+        f"--compilation_cache={plan.cache}",
+        f"--config.seed={plan.seed}",
+        *([f"--config.init_from={start}"] if start else []),
+        *(["--config.sample.every=0", "--config.checkpoint.every=4"] if plan.quick else []),
+    ]
+
+
+def evaluate(
+    plan: Plan, name: str, title: str, variants: Sequence[dict], seconds: float, *more: str
+) -> Step:
+    flags = (
+        "--suite=shapes",
+        f"--out={plan.folder / 'scores'}",
+        f"--compilation_cache={plan.cache}",
+        f"--count={plan.count}",
+        f"--split={','.join(plan.splits)}",
+        f"--world={plan.world}",
+        f"--batch_size={8 if plan.quick else 64}",
+        f"--variants={json.dumps(variants)}",
+        *more,
+    )
+    return Step(f"evaluate-{name}", title, lambda: ("launch.evaluate", *flags), plan.time(seconds))
+
+
+def bundling(plan: Plan, model: Path) -> list[Step]:
+    """Bundles, what they draw of the held-out prompts, and the judge's opinion of it."""
+    found, variants = [], []
+    for kind in BUNDLES:
+        bundle, drawn = plan.folder / f"bundle_{kind}", plan.folder / "drawn" / kind
+        found += [
+            Step(
+                f"bundle-{kind}",
+                f"Bundle, {kind} weights",
+                bundle_flags(plan, model, kind),
+                plan.time(90),
+            ),
+            *(
+                Step(
+                    f"draw-{kind}-{task}",
+                    f"Pictures by the {kind} bundle, {task}",
+                    draw_flags(plan, bundle, task, drawn),
+                    plan.time(60),
+                )
+                for task in summary.TASKS
+            ),
+        ]
+        variants.append({"name": f"bundle_{kind}", "pictures": str(drawn), "split": ["held_out"]})
+    return [*found, evaluate(plan, "bundles", "Judging: bundles", variants, 10)]
+
+
+def inputs(plan: Plan, task: str) -> Path:
+    return plan.folder / "scores" / "distilled" / f"{task}_held_out_inputs.npz"
+
+
+def bundle_flags(plan: Plan, model: Path, kind: str) -> Callable[[], Sequence[str]]:
+    """Of convert.bundle, with room for the prompts that it will be asked."""
+
+    def flags() -> Sequence[str]:
+        rooms = {}
+        for task in summary.TASKS:
+            with np.load(inputs(plan, task)) as arrays:
+                rooms[task] = -(-int(arrays["mask"].sum(1).max()) // 8) * 8
+        return (
+            "convert.bundle",
+            f"--model={model}",
+            f"--out={plan.folder / f'bundle_{kind}'}",
+            f"--weights={kind}",
+            f"--text_lengths={max(rooms.values())}",
+            f"--prompt_length={rooms['t2i']}",
+            f"--gpu={str(has_driver(plan)).lower()}",
+            "--overwrite",
+        )
+
+    return flags
+
+
+def draw_flags(plan: Plan, bundle: Path, task: str, drawn: Path) -> Callable[[], Sequence[str]]:
+    """Of convert.run_bundle, for many prompts at once."""
+
+    def flags() -> Sequence[str]:
+        return (
+            "convert.run_bundle",
+            f"--bundle={bundle}",
+            f"--requests={inputs(plan, task)}",
+            f"--limit={plan.on_bundles}",
+            f"--out={drawn / f'{task}_held_out.npz'}",
+            f"--accelerator={accelerator(plan, bundle)}",
+        )
+
+    return flags
+
+
+def has_driver(plan: Plan) -> bool:
+    """Whether there is a Vulkan driver, or one can be had; decided once for a demo."""
+    file = plan.folder / "driver.json"
+    if not file.is_file():
+        command = [sys.executable, "-m", "convert.vulkan"]
+        asked = subprocess.run(command, cwd=driver.ROOT, capture_output=True, text=True)
+        said = (asked.stderr.strip().splitlines() or [""])[-1]
+        write_json(file, {"driver": not asked.returncode, "reason": said})
+    return read_json(file)["driver"]
+
+
+def accelerator(plan: Plan, bundle: Path) -> str:
+    """The GPU where every part of the bundle was seen to run there, else the CPU."""
+    components = read_json(bundle / "manifest.json")["components"]
+    parts = [part for entries in components.values() for part in entries]
+    if all(part["gpu"] for part in parts):
+        return "gpu"
+    said = [read_json(plan.folder / "driver.json")["reason"]]
+    said += [one["reason"] for one in read_json(bundle / "gpu_report.json").values()]
+    cli.warn(f"{bundle.name} draws on the CPU: {next(filter(None, said), 'no GPU')[:200]}")
+    return "cpu"

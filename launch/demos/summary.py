@@ -1,0 +1,215 @@
+"""A demo's results as flat numbers, and beside its aims."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dreamlite_jax.evals import statistics
+from launch.files import read_json
+
+TASKS = ("t2i", "edit")
+NAMES = {"t2i": "Text to image", "edit": "Editing"}
+# Variants in the order of a demo, and what they are.
+VARIANTS = {
+    "pretrain": "First lesson",
+    "edit": "After editing lessons",
+    "joint": "Both together",
+    "sft": "Fine-tuned",
+    "rl": "Reinforced",
+    "teacher_4step": "Undistilled, 4 steps",
+    "distilled": "Distilled, 4 steps",
+    "bundle_fp16": "Bundle, fp16",
+    "bundle_int8": "Bundle, int8",
+}
+BUNDLES = ("bundle_fp16", "bundle_int8")
+CELL = ("accuracy", "score", "sharpness", "diversity")
+# Differences over the same prompts: name, of what, from what.
+CHANGES = (
+    ("rl_gain", "rl", "sft"),
+    ("distilled_minus_teacher", "distilled", "rl"),
+    ("distilled_minus_teacher_4step", "distilled", "teacher_4step"),
+    ("bundle_fp16_minus_source", "bundle_fp16", "distilled"),
+    ("bundle_int8_minus_source", "bundle_int8", "distilled"),
+)
+BEST_DB = 99.0  # what identical pictures count as
+
+
+class Aim(NamedTuple):
+    """What a demo should reach, and what it did."""
+
+    what: str
+    aim: str
+    result: str
+    met: bool | None  # None: not measured
+
+
+def collect(folder: Path, quick: bool, seed: int) -> dict[str, Any]:
+    """The flat numbers of a demo's folder.
+
+    Accuracies are of held-out prompts, with `_low` and `_high` of their 95 % interval; `_iid` are
+    those of combinations that training showed. Differences are over the same prompts.
+    """
+    seconds = {m.stem: read_json(m)["seconds"] for m in sorted((folder / "done").glob("*.json"))}
+    found: dict[str, Any] = {"minutes": sum(seconds.values()) / 60, "quick": quick, "seed": seed}
+    found |= {f"minutes_{name}": taken / 60 for name, taken in seconds.items()}
+    for task in TASKS:
+        for variant in VARIANTS:
+            for split, ending in (("held_out", ""), ("iid", "_iid")):
+                found |= cell(folder, variant, task, split, ending)
+        for name, after, before in CHANGES:
+            found |= changed(folder, task, name, after, before)
+        for bundle in BUNDLES:
+            found |= likeness(folder, task, bundle)
+    for bundle in BUNDLES:
+        found |= bundle_facts(folder, bundle)
+    known = [aim.met for aim in aims(found) if aim.met is not None]
+    return found | {"aims_met": sum(known), "aims": len(known)}
+
+
+def cell(folder: Path, variant: str, task: str, split: str, ending: str) -> dict[str, float]:
+    file = scores(folder, variant, task, split, ".json")
+    if not file.is_file():
+        return {}
+    result = read_json(file)
+    found = {
+        f"{task}_{what}_{variant}{ending}": result[what]
+        for what in CELL
+        if result[what] is not None
+    }
+    found |= {f"{task}_accuracy_{variant}{ending}_{end}": result[end] for end in ("low", "high")}
+    return found | {f"{task}_count_{variant}{ending}": result["count"]}
+
+
+def scores(folder: Path, variant: str, task: str, split: str, ending: str) -> Path:
+    return folder / "scores" / variant / f"{task}_{split}{ending}"
+
+
+def arrays(folder: Path, variant: str, task: str, split: str = "held_out") -> dict | None:
+    """What was drawn of a task and split, with its verdicts; None where nothing was."""
+    file = scores(folder, variant, task, split, ".npz")
+    if not file.is_file():
+        return None
+    with np.load(file) as found:
+        return dict(found)
+
+
+def changed(folder: Path, task: str, name: str, after: str, before: str) -> dict[str, float]:
+    """The difference of two variants' accuracies, over the prompts that both have drawn."""
+    pair = [arrays(folder, variant, task) for variant in (before, after)]
+    if None in pair:
+        return {}
+    n = min(len(found["exact"]) for found in pair)
+    first, second = (found["exact"][:n] for found in pair)
+    found = statistics.change(first, second)
+    key = f"{task}_{name}"
+    return {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high, f"{key}_count": n}
+
+
+def likeness(folder: Path, task: str, bundle: str) -> dict[str, float]:
+    """Mean dB of a bundle's pictures beside those that JAX drew from the same noise."""
+    ours, theirs = (arrays(folder, variant, task) for variant in (bundle, "distilled"))
+    if ours is None or theirs is None:
+        return {}
+    a, b = (found["images"][: len(ours["images"])].astype(np.float64) for found in (ours, theirs))
+    errors = np.maximum(((a - b) ** 2).mean((1, 2, 3)), 255**2 / 10 ** (BEST_DB / 10))
+    return {f"{task}_psnr_{bundle}": float((10 * np.log10(255**2 / errors)).mean())}
+
+
+def bundle_facts(folder: Path, bundle: str) -> dict[str, Any]:
+    """A bundle's size, and how long a picture takes where it was drawn."""
+    found = {}
+    if (folder / bundle / "manifest.json").is_file():
+        files = read_json(folder / bundle / "manifest.json")["files"].values()
+        found[f"{bundle}_megabytes"] = sum(file["bytes"] for file in files) / 1e6
+    for task in TASKS:
+        file = folder / "drawn" / bundle.removeprefix("bundle_") / f"{task}_held_out.npz"
+        if file.is_file():
+            with np.load(file) as drawn:
+                found[f"{task}_seconds_{bundle}"] = float(np.median(drawn["seconds"]))
+    return found
+
+
+# --- Aims -----------------------------------------------------------------------------------------
+
+
+def aims(found: Mapping[str, Any]) -> list[Aim]:
+    """All aims, in the order of the demo."""
+    return [
+        at_least(found, "Text to image, seen combinations", "t2i_accuracy_sft_iid", 0.80),
+        at_least(found, "Text to image, held-out combinations", "t2i_accuracy_sft", 0.60),
+        at_least(found, "Edits, held-out combinations", "edit_accuracy_sft", 0.50),
+        *(gained(found, task) for task in TASKS),
+        *distances(found),
+    ]
+
+
+def at_least(found: Mapping[str, Any], what: str, key: str, least: float) -> Aim:
+    aim = f"at least {100 * least:.0f} %"
+    if key not in found:
+        return Aim(f"{what}, after fine-tuning", aim, "not measured", None)
+    said = with_interval(found, key)
+    return Aim(f"{what}, after fine-tuning", aim, said, found[key] >= least)
+
+
+def gained(found: Mapping[str, Any], task: str) -> Aim:
+    key, what = f"{task}_rl_gain", f"{NAMES[task]}: reinforcement learning gains"
+    aim = "more than the interval"
+    if key not in found:
+        return Aim(what, aim, "not measured", None)
+    return Aim(what, aim, points(found, key), found[f"{key}_low"] > 0)
+
+
+def distances(found: Mapping[str, Any]) -> Iterator[Aim]:
+    for key, what, aim, least in (
+        (
+            "distilled_minus_teacher",
+            "4 distilled steps and the guided 28",
+            "within 5 points",
+            -5,
+        ),
+        (
+            "distilled_minus_teacher_4step",
+            "4 distilled steps and 4 undistilled",
+            "at least 10 points above",
+            10,
+        ),
+        ("bundle_fp16_minus_source", "Bundle with fp16 weights", "within 1 point", -1),
+        ("bundle_int8_minus_source", "Bundle with int8 weights", "within 3 points", -3),
+    ):
+        for task in TASKS:
+            full = f"{task}_{key}"
+            if full not in found:
+                yield Aim(f"{NAMES[task]}: {what}", aim, "not measured", None)
+                continue
+            near = 100 * found[full]
+            if key.startswith("bundle"):
+                near = -abs(near)
+            yield Aim(f"{NAMES[task]}: {what}", aim, points(found, full), near >= least - 1e-9)
+
+
+def with_interval(found: Mapping[str, Any], key: str) -> str:
+    low, high = (100 * found[f"{key}_{end}"] for end in ("low", "high"))
+    return f"{100 * found[key]:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def points(found: Mapping[str, Any], key: str) -> str:
+    value, low, high = (100 * found[name] for name in (key, f"{key}_low", f"{key}_high"))
+    return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+
+
+def said(found: Mapping[str, Any]) -> Iterator[str]:
+    """A demo's results in a few lines for the console."""
+    for task in TASKS:
+        parts = [
+            f"{variant} {100 * found[key]:.0f} %"
+            for variant in VARIANTS
+            if (key := f"{task}_accuracy_{variant}") in found
+        ]
+        yield f"{NAMES[task]}, held-out prompts right: {', '.join(parts)}"
+    if found["quick"]:
+        yield "these few steps show that all works, and nothing of how well"
+    else:
+        yield f"{found['aims_met']} of {found['aims']} aims met"
+    yield f"{found['minutes']:.1f} minutes in all"

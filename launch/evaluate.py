@@ -1,0 +1,263 @@
+"""How good a model is at a benchmark with a judge.
+
+    python -m launch.evaluate --model=DIR --suite=shapes --out=DIR
+    python -m launch.evaluate --model=runs/shapes/sft --suite=shapes --out=DIR --task=edit \\
+      --steps=4 --guidance=1 --image_guidance=1
+    python -m launch.evaluate --suite=shapes --out=DIR \\
+      --variants='[{"name": "a", "model": "DIR"}, {"name": "b", "model": "DIR", "steps": 4}]'
+
+`--model` is a model directory or a run's workdir. Several variants share what was compiled; each
+has a `name`, a `model`, and any of the flags steps, guidance, image_guidance, count, task, split,
+diversity, inputs. In place of `model` one may have `pictures`, a folder with what another program
+made of a variant's inputs (convert.run_bundle --requests).
+
+Writes scores.json, and for every variant, task and split what was drawn and a contact sheet. Run
+again after an interruption it does what is missing.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from dreamlite_jax import cli, generation, system
+from dreamlite_jax.data import mixture, pictures, prompts
+from dreamlite_jax.evals import shapes
+from dreamlite_jax.evals.shapes import Case
+from dreamlite_jax.train import checkpoint, origins, signals
+from launch import compilation
+from launch.files import read_json, write_arrays, write_json
+
+MODEL = flags.DEFINE_string("model", None, "model directory, or a run's workdir")
+VARIANTS = flags.DEFINE_string("variants", None, "JSON list of several variants, see above")
+SUITE = flags.DEFINE_enum("suite", "shapes", ["shapes"], "benchmark")
+OUT = flags.DEFINE_string("out", None, "folder for the scores", required=True)
+STEPS = flags.DEFINE_integer("steps", None, "default: 28, mobile models 4", lower_bound=1)
+GUIDANCE = flags.DEFINE_float("guidance", None, "of the text; default: 3.5")
+IMAGE_GUIDANCE = flags.DEFINE_float("image_guidance", None, "of the source; default: 1.5")
+COUNT = flags.DEFINE_integer("count", 256, "prompts of each task and split", lower_bound=1)
+TASK = flags.DEFINE_list("task", ["t2i", "edit"], "tasks")
+SPLIT = flags.DEFINE_list("split", list(shapes.SPLITS), "splits")
+WORLD = flags.DEFINE_string("world", "demo", "settings of the shapes world: quick, demo, hard")
+SEED = flags.DEFINE_integer("seed", shapes.SEED, "of the prompts", lower_bound=0)
+DIVERSITY = flags.DEFINE_integer("diversity", 0, "prompts drawn several times, for the diversity")
+INPUTS = flags.DEFINE_boolean("inputs", False, "also write what a bundle needs to draw the same")
+BATCH = flags.DEFINE_integer("batch_size", 32, "pictures at a time", lower_bound=1)
+use_cache = compilation.define()
+
+GUIDED_STEPS, SAMPLES = 28, 4
+SCORES = "scores.json"
+
+
+class Variant(NamedTuple):
+    """A way to make pictures."""
+
+    name: str
+    model: str | None = None
+    pictures: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    image_guidance: float | None = None
+    count: int = 256
+    task: tuple[str, ...] = ("t2i", "edit")
+    split: tuple[str, ...] = shapes.SPLITS
+    diversity: int = 0
+    inputs: bool = False
+
+
+class Cell(NamedTuple):
+    """A variant at one task and split, and the files of it."""
+
+    variant: Variant
+    task: str
+    split: str
+    folder: Path
+
+    @property
+    def stem(self) -> str:
+        return f"{self.task}_{self.split}"
+
+    def file(self, ending: str) -> Path:
+        return self.folder / f"{self.stem}{ending}"
+
+
+def main() -> None:
+    use_cache()
+    found = variants()
+    out = Path(OUT.value)
+    cells = [
+        Cell(variant, task, split, out / variant.name)
+        for variant in found
+        for task in variant.task
+        for split in variant.split
+    ]
+    model: tuple[str, system.System] | None = None
+    with signals.asked_to_leave() as asked:
+        for k, cell in enumerate(cells):
+            if not cell.file(".json").is_file():
+                name = cell.variant.model
+                if name is not None and (model is None or model[0] != name):
+                    model = (name, opened(name))
+                result = evaluated(cell, model[1] if name is not None else None, asked)
+                write_json(cell.file(".json"), result)
+            result = read_json(cell.file(".json"))
+            print(f"{k + 1}/{len(cells)} {line(result)}", flush=True)
+    write_json(out / SCORES, [read_json(c.file(".json")) for c in cells])
+
+
+def variants() -> list[Variant]:
+    """What --model or --variants asks for."""
+    if (MODEL.value is None) == (VARIANTS.value is None):
+        raise cli.CommandError("give either --model or --variants")
+    common = {
+        "steps": STEPS.value,
+        "guidance": GUIDANCE.value,
+        "image_guidance": IMAGE_GUIDANCE.value,
+        "count": COUNT.value,
+        "task": tuple(TASK.value),
+        "split": tuple(SPLIT.value),
+        "diversity": DIVERSITY.value,
+        "inputs": INPUTS.value,
+    }
+    if MODEL.value is not None:
+        given = [{"name": Path(MODEL.value).resolve().name, "model": MODEL.value}]
+    else:
+        try:
+            given = json.loads(VARIANTS.value)
+        except ValueError as error:
+            raise cli.CommandError(f"--variants: no JSON ({error})") from error
+    if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+        raise cli.CommandError("--variants: expected a JSON list of objects")
+    try:
+        return [Variant(**{**common, **one}) for one in given]
+    except TypeError as error:
+        known = ", ".join(Variant._fields)
+        raise cli.CommandError(f"--variants: needs a name, and knows {known}") from error
+
+
+def opened(folder: str) -> system.System:
+    """A model directory, or the average of a run so far."""
+    if checkpoint.folder_kind(folder) == "run":
+        return origins.load_run(folder)
+    return system.load(folder)
+
+
+def evaluated(cell: Cell, model: system.System | None, asked: Any) -> dict[str, Any]:
+    """The result of a cell; its pictures are written beside it."""
+    variant, began = cell.variant, time.monotonic()
+    if model is None:
+        images = drawn_elsewhere(cell)
+        side = images.shape[1]
+        given = shapes.cases(cell.task, cell.split, len(images), side, WORLD.value, SEED.value)
+        settings, spread = {}, None
+    else:
+        side = model.config.default_side
+        given = shapes.cases(cell.task, cell.split, variant.count, side, WORLD.value, SEED.value)
+        again = shapes.repeated(given, variant.diversity, SAMPLES)
+        wanted = wanted_settings(variant, model.config, side)
+        settings = {k: getattr(wanted, k) for k in ("steps", "guidance", "image_guidance")}
+        made = shapes.pictures(model, [*given, *again], wanted, lambda: leave(asked))
+        images, spread = made[: len(given)], None
+        if len(again):
+            spread = shapes.diversity(made[len(given) :], SAMPLES)
+        if variant.inputs:
+            write_inputs(cell, model, given, side)
+    found = shapes.verdicts(images, given)
+    arrays = {
+        "images": images,
+        "prompts": np.array([case.prompt for case in given]),
+        "kinds": np.array([case.kind for case in given]),
+        "targets": np.stack([case.target for case in given]),
+        "exact": np.array([v.exact for v in found]),
+        "score": np.array([v.score for v in found], np.float32),
+    }
+    if cell.task == mixture.EDIT:
+        arrays["sources"] = np.stack([case.source for case in given])
+    write_arrays(cell.file(".npz"), arrays)
+    sheet(cell, images, given, found)
+    return {
+        "variant": variant.name,
+        "task": cell.task,
+        "split": cell.split,
+        "side": side,
+        "seed": SEED.value,
+        "world": WORLD.value,
+        **settings,
+        **shapes.summary(found, given),
+        "diversity": spread,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def wanted_settings(variant: Variant, config: system.Config, side: int) -> generation.Settings:
+    return generation.resolve(
+        generation.Settings(
+            height=side,
+            width=side,
+            steps=variant.steps or (None if config.mobile else GUIDED_STEPS),
+            guidance=variant.guidance,
+            image_guidance=variant.image_guidance,
+            batch_size=BATCH.value,
+        ),
+        config,
+    )
+
+
+def leave(asked: Any) -> None:
+    if asked():
+        sys.exit(signals.EXIT_TO_RESUME)
+
+
+def drawn_elsewhere(cell: Cell) -> np.ndarray:
+    """Pictures uint8 [N, S, S, 3] that another program has made of the cell's inputs."""
+    file = Path(cell.variant.pictures) / f"{cell.stem}.npz"
+    try:
+        with np.load(file) as arrays:
+            return arrays["images"]
+    except (OSError, KeyError, ValueError) as error:
+        raise cli.CommandError(f"{file}: no pictures of {cell.stem} ({error})") from error
+
+
+def write_inputs(cell: Cell, model: system.System, given: list[Case], side: int) -> None:
+    """Prompts [N], noise float32 [N, h, w, c], the encoder's context float32 [N, L, F] and mask
+    bool [N, L], and of edits source uint8 [N, S, S, 3]: for a bundle."""
+    arrays = {
+        "prompts": np.array([case.prompt for case in given]),
+        "noise": shapes.noise(model.config, given, side),
+    }
+    mode, images = prompts.GENERATE, None
+    if cell.task == mixture.EDIT:
+        arrays["source"] = np.stack([case.source for case in given])
+        mode, images = prompts.EDIT, [Image.fromarray(case.source) for case in given]
+    texts = [prompts.tagged(mode, case.prompt) for case in given]
+    encoded = system.encode_prompts(model, mode, texts, images, batch_size=BATCH.value)
+    write_arrays(cell.file("_inputs.npz"), arrays | encoded._asdict())
+
+
+def sheet(cell: Cell, images: np.ndarray, given: list[Case], found: list[shapes.Verdict]) -> None:
+    """Source (of edits), one right answer, and the model's, of the first prompts."""
+    rows, captions = [], []
+    for image, case, verdict in list(zip(images, given, found, strict=True))[:16]:
+        source = [] if case.source is None else [case.source]
+        rows.append([*source, case.target, image])
+        captions.append(f"{'right' if verdict.exact else f'{verdict.score:.2f}'}: {case.prompt}")
+    pictures.write_png(cell.file(".png"), pictures.contact_sheet(rows, captions, 128))
+
+
+def line(result: Mapping[str, Any]) -> str:
+    accuracy, low, high = (100 * result[key] for key in ("accuracy", "low", "high"))
+    return (
+        f"{result['variant']} {result['task']} {result['split']}: {accuracy:.1f} % exact "
+        f"({low:.1f} to {high:.1f}, n = {result['count']}), score {result['score']:.3f}, "
+        f"sharpness {result['sharpness']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,376 @@
+"""The demo: its steps once each however it is stopped, its numbers, its page in a real browser."""
+
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import browser
+import commands
+import demo_results
+import numpy as np
+import pytest
+
+from dreamlite_jax import cli
+from dreamlite_jax.train import signals
+from launch.demos import charts, comparing, driver, plan, report, summary
+from launch.demos.driver import Step
+from launch.files import read_json, write_json
+
+
+def make_steps(*names):
+    return [Step(name, name.title(), lambda name=name: ("command", name), 10.0) for name in names]
+
+
+class Runner:
+    """Stands for processes: exit codes by step in their order, 0 where none is left."""
+
+    def __init__(self, **codes):
+        self.codes, self.ran = codes, []
+
+    def __call__(self, step, arguments, log, asked, on_line):
+        assert arguments == ["command", step.name]
+        self.ran.append(step.name)
+        on_line("step 1/4  loss 1  0:00:30 left\n")
+        log.write_text(f"{step.name} begins\nerror: no luck with {step.name}\n")
+        codes = self.codes.get(step.name, [])
+        code = codes.pop(0) if codes else 0
+        if code == "signal":
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked()
+            return 75
+        return code
+
+
+def run(folder, names, runner):
+    shown = []
+    driver.run_all(make_steps(*names), folder, lambda p: shown.append(driver.lines(p)), runner)
+    return shown
+
+
+def test_every_step_is_run_once(tmp_path):
+    runner = Runner()
+    shown = run(tmp_path, "abc", runner)
+    run(tmp_path, "abcd", runner)
+    assert runner.ran == list("abcd")
+    assert "step 1 of 3" in shown[0][0] and "A: step 1/4  loss 1  0:00:30 left" in shown[1][1]
+
+
+def test_an_interrupted_step_is_run_again_and_its_time_adds_up(tmp_path):
+    runner = Runner(b=["signal", "signal"])
+    for _ in range(2):
+        with pytest.raises(driver.Interrupted):
+            run(tmp_path, "abc", runner)
+    before = read_json(tmp_path / "done" / "b.part")
+    run(tmp_path, "abc", runner)
+    assert runner.ran == list("abbbc")
+    assert read_json(tmp_path / "done" / "b.json")["seconds"] >= before > 0
+    assert not (tmp_path / "done" / "b.part").exists()
+
+
+def test_a_step_that_asks_for_another_try_gets_it(tmp_path):
+    runner = Runner(a=[75, 75])
+    run(tmp_path, "ab", runner)
+    assert runner.ran == list("aaab")
+
+
+def test_a_failed_step_ends_all_with_its_last_line(tmp_path):
+    runner = Runner(b=[2])
+    with pytest.raises(cli.CommandError, match="B ended with exit code 2: no luck with b"):
+        run(tmp_path, "abc", runner)
+    run(tmp_path, "abc", runner)
+    assert runner.ran == list("abbc")
+
+
+def test_another_command_in_the_same_folder_is_refused(tmp_path):
+    run(tmp_path, "a", Runner())
+    changed = [make_steps("a")[0]._replace(arguments=lambda: ("command", "other"))]
+    with pytest.raises(cli.CommandError, match="begun with other flags"):
+        driver.run_all(changed, tmp_path, lambda _: None, Runner())
+
+
+def test_two_demos_in_a_folder_are_refused(tmp_path):
+    with (
+        driver.only_one(tmp_path),
+        pytest.raises(cli.CommandError, match="another demo is at work"),
+    ):
+        run(tmp_path, "a", Runner())
+
+
+PROGRAM = """
+import signal, sys, time
+left = []
+signal.signal(signal.SIGTERM, lambda *_: left.append(1))
+for k in range(600):
+    print(f"step {k + 1}/600", flush=True)
+    time.sleep(0.1)
+    if left:
+        print("saved")
+        sys.exit(75)
+"""
+
+
+def test_processes_are_told_and_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "slow_program.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    step, lines = make_steps("a")[0], []
+    asked = lambda: len(lines) > 2  # noqa: E731
+    code = driver.run_process(step, ["slow_program"], tmp_path / "log", asked, lines.append)
+    assert code == 75 and (tmp_path / "log").read_text().endswith("saved\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
+def test_a_killed_driver_leaves_no_process(tmp_path):
+    (tmp_path / "slow_program.py").write_text(PROGRAM + "    open('alive', 'w').write(str(k))\n")
+    code = (
+        "import pathlib; from launch.demos import driver; "
+        "driver.run_process(None, ['slow_program'], pathlib.Path('log'), lambda: False, print)"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{commands.ROOT}:{tmp_path}"}
+    started = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
+    )
+    assert any(line.startswith("step") for line in started.stdout)
+    started.kill()
+    started.wait()
+    log = tmp_path / "log"
+    time.sleep(0.5)
+    size = log.stat().st_size
+    alive = [
+        line
+        for line in subprocess.run(
+            ["ps", "-eo", "args"], capture_output=True, text=True
+        ).stdout.splitlines()
+        if line.endswith("-m slow_program")
+    ]
+    assert not alive and log.stat().st_size == size
+
+
+def test_exit_codes_agree():
+    assert driver.EXIT_TO_RESUME == signals.EXIT_TO_RESUME
+
+
+def test_time_left():
+    now = [0.0]
+    progress = driver.Progress(make_steps("a", "b", "c"), lambda: now[0])
+    progress.begin(progress.steps[0], 0.0)
+    assert progress.left() == 30
+    now[0] = 4
+    progress.read("step 50/100  loss 0.1  3 steps/s  0:00:06 left")
+    assert progress.step_left() == 6 and progress.left() == 26
+    now[0] = 6
+    assert progress.step_left() == 4
+    progress.end(progress.steps[0], 40.0)
+    assert progress.left() == 20  # one short step says little of the machine's speed
+    progress.steps = [step._replace(seconds=100.0) for step in progress.steps]
+    assert progress.left() == 80  # 2 x 100 s at 40 s for each 100
+    progress.begin(progress.steps[1], 5.0)
+    progress.read("3/4 sft t2i held_out: 70 % exact")
+    assert progress.step_left() == pytest.approx(10)
+    assert progress.elapsed() == 5
+
+
+def test_a_display_says_little_where_it_is_not_watched():
+    stream = io.StringIO()
+    display = driver.Display(stream, every=1000)
+    progress = driver.Progress(make_steps("a", "b"))
+    for step in progress.steps:
+        progress.begin(step, 0.0)
+        for k in range(5):
+            progress.read(f"step {k}/5")
+            display(progress)
+        progress.end(step, 1.0)
+    said = stream.getvalue().splitlines()
+    assert len(said) == 2 and "step 1 of 2" in said[0] and "| B: " in said[1].replace("|  ", "| ")
+
+
+# --- The steps of the demo ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_each_stage_starts_from_the_one_before(quick, tmp_path):
+    made = plan.of(tmp_path, 3, quick, "cache")
+    steps = plan.steps(made)
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names)
+    configs = {stage.config for stage in plan.STAGES}
+    trained = [step for step in steps if step.name in configs]
+    assert [step.name for step in trained] == [stage.config for stage in plan.STAGES]
+    before = None
+    for step in trained:
+        given = step.arguments()
+        starts = [flag for flag in given if flag.startswith("--config.init_from=")]
+        assert starts == ([f"--config.init_from={before}"] if before else [])
+        assert "--config.seed=3" in given
+        assert any(flag.endswith(".py:quick") for flag in given) == quick
+        (before,) = (flag.split("=")[1] for flag in given if flag.startswith("--workdir="))
+    assert names[-1] == "evaluate-bundles" and ("evaluate-sft" in names) != quick
+
+
+def test_every_accuracy_that_is_promised_is_asked_for(tmp_path):
+    asked = set()
+    for step in plan.steps(plan.of(tmp_path, 0, False, "cache")):
+        if step.name.startswith("evaluate"):
+            (flag,) = (f for f in step.arguments() if f.startswith("--variants="))
+            for one in json.loads(flag.removeprefix("--variants=")):
+                asked |= {(one["name"], task) for task in one.get("task", summary.TASKS)}
+    assert {name for name, _ in asked} == set(summary.VARIANTS)
+    wanted = ("pretrain", "joint", "sft", "rl", "teacher_4step", "distilled")
+    assert {(name, task) for name in wanted for task in summary.TASKS} <= asked
+
+
+def test_the_direct_way_takes_the_same_compute_and_schedule(tmp_path):
+    made = plan.of(tmp_path, 1, False, "cache")
+    for phase, flops, count in zip(
+        comparing.PHASES, (4e9, 5e9, 5e9), (1000, 500, 200), strict=True
+    ):
+        write_json(comparing.cost_file(made, phase), {"flops": flops, "steps": count})
+    given = {step.name: step.arguments() for step in comparing.steps(made)}
+    for k, count in enumerate((800, 500, 200), 1):
+        flags = given[f"direct{k}"]
+        assert f"--config.steps={count}" in flags
+        assert "--config=configs/shapes/phase3_joint.py" in flags
+    from configs.shapes import phase1_t2i, phase2_edit
+
+    for k, config in ((1, phase1_t2i.get_config()), (2, phase2_edit.get_config())):
+        assert f"--config.optim.lr={config.optim.lr}" in given[f"direct{k}"]
+        assert f"--config.optim.warmup={config.optim.warmup}" in given[f"direct{k}"]
+
+
+# --- Numbers and page -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return demo_results.make(tmp_path_factory.mktemp("demo") / "full")
+
+
+@pytest.fixture(scope="module")
+def found(results):
+    return summary.collect(results, quick=False, seed=0)
+
+
+def test_the_numbers_are_flat_and_whole(results, found):
+    assert all(isinstance(value, int | float) for value in found.values())
+    assert found["minutes"] == pytest.approx(sum(demo_results.SECONDS.values()) / 60)
+    for task in summary.TASKS:
+        for variant in demo_results.RIGHT:
+            if (task, variant) != ("edit", "edit"):
+                low, value, high = (
+                    found[f"{task}_accuracy_{variant}{end}"] for end in ("_low", "", "_high")
+                )
+                assert low < value < high
+    images = summary.arrays(results, "rl", "t2i")
+    assert found["t2i_accuracy_rl"] == images["exact"].mean()
+    assert found["t2i_rl_gain"] == pytest.approx(
+        found["t2i_accuracy_rl"] - found["t2i_accuracy_sft"]
+    )
+
+
+def test_bundles_are_compared_with_their_source_over_the_same_prompts(results, found):
+    ours, theirs = (summary.arrays(results, v, "t2i") for v in ("bundle_int8", "distilled"))
+    assert len(ours["exact"]) == 12 and len(theirs["exact"]) == 24
+    expected = ours["exact"].mean() - theirs["exact"][:12].mean()
+    assert found["t2i_bundle_int8_minus_source"] == pytest.approx(expected)
+    errors = ((ours["images"].astype(float) - theirs["images"][:12]) ** 2).mean((1, 2, 3))
+    same = errors == 0
+    expected = np.where(same, 99.0, 10 * np.log10(255**2 / np.where(same, 1, errors))).mean()
+    assert found["t2i_psnr_bundle_int8"] == pytest.approx(expected)
+
+
+def test_aims_say_what_was_reached(found):
+    changed = dict(found)
+    for key, value in (("", 0.61), ("_low", 0.55), ("_high", 0.67)):
+        changed[f"t2i_accuracy_sft{key}"] = value
+    changed |= {"edit_rl_gain": 0.08, "edit_rl_gain_low": -0.01, "edit_rl_gain_high": 0.17}
+    changed |= {"t2i_distilled_minus_teacher": -0.06, "edit_distilled_minus_teacher": -0.05}
+    changed |= {"t2i_bundle_fp16_minus_source": 0.02, "edit_bundle_fp16_minus_source": -0.01}
+    aims = {aim.what: aim for aim in summary.aims(changed)}
+    one = aims["Text to image, held-out combinations, after fine-tuning"]
+    assert one.met and one.result == "61.0 % (55.0 to 67.0)"
+    assert not aims["Editing: reinforcement learning gains"].met  # its interval holds 0
+    assert not aims["Text to image: 4 distilled steps and the guided 28"].met
+    assert aims["Editing: 4 distilled steps and the guided 28"].met
+    assert not aims["Text to image: Bundle with fp16 weights"].met  # 2 points above, too, is far
+    assert aims["Editing: Bundle with fp16 weights"].met
+    assert all(aim.met is None for aim in summary.aims({}))
+
+
+def test_several_seeds_make_a_table(tmp_path):
+    made = [plan.of(tmp_path, seed, False, "cache") for seed in range(3)]
+    for k, one in enumerate(made):
+        for variant, value in (("joint", 0.6 + 0.01 * k), ("direct", 0.5)):
+            for task, split in itertools.product(summary.TASKS, ("held_out", "iid")):
+                cell = {"accuracy": value, "score": 0.5, "sharpness": 1.0, "diversity": None}
+                cell |= {"low": 0.1, "high": 0.9, "count": 10}
+                write_json(summary.scores(one.folder, variant, task, split, ".json"), cell)
+    seeds, ways = comparing.tables(made)
+    assert seeds["rows"] == [["Both together", *["61.0 ± 1.0"] * 4]]
+    # 11 points, t = 4.303 for two degrees of freedom, standard error 1 / sqrt(3)
+    assert ways["rows"][0][1:] == ["61.0 ± 1.0", "50.0 ± 0.0", "+11.0 (+8.5 to +13.5)"]
+    assert "| Both together |" in "\n".join(comparing.said([seeds]))
+
+
+def test_curves_stand_where_their_numbers_do():
+    svg = charts.curves("a", [charts.Curve([0, 50, 100], [1.0, 0.1, 0.01], "t2i")], log=True)
+    points = [
+        tuple(map(float, p.split(","))) for p in svg.split('points="')[1].split('"')[0].split()
+    ]
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y1 - y0 == pytest.approx(y2 - y1, abs=0.2)
+    assert y0 < y2
+    assert charts.curves("a", [charts.Curve([1], [float("nan")], "t2i")]) == ""
+    assert charts.ticks(0.0, 1.0, False) == [0.0, 0.5, 1.0]
+
+
+@pytest.fixture(scope="module")
+def page(results, found, tmp_path_factory):
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    tables = [{"title": "A", "note": "n", "head": ["", "t2i"], "rows": [["rl", "80.0 ± 1.0"]]}]
+    write_json(results.parent / "compare.json", {"tables": tables})
+    report.write(file, results, found)
+    return file
+
+
+@pytest.mark.parametrize("width", [360, 390, 1280])
+def test_the_page_in_a_browser(page, width):
+    """Every picture loads, nothing is wider than the screen."""
+    seen = browser.seen(page, width)
+    assert seen["width"] == width and seen["height"] > 2000
+    assert seen["images"] > 100 and not seen["broken"]
+    assert seen["scroll"] <= width and not seen["wide"], seen["wide"]
+
+
+def test_the_browser_sees_what_is_wrong(tmp_path):
+    body = '<img src="data:image/png;base64,AAAA" alt="broken"><div style="width:900px">wide</div>'
+    (tmp_path / "page.html").write_text(f"<!doctype html><html><body>{body}</body></html>")
+    seen = browser.seen(tmp_path / "page.html", 390)
+    assert seen["broken"] == ["broken"] and seen["scroll"] > 390 and seen["wide"]
+
+
+def test_the_page_needs_nothing_from_elsewhere(page):
+    html = page.read_text()
+    for word in ("http:", "https:", "<script", "<link", "@import", "url("):
+        assert word not in html, word
+    for section in (
+        "Aims and results",
+        "Curves",
+        "Editing",
+        "teacher and student",
+        "The bundle",
+        "Several seeds",
+    ):
+        assert section in html, section
+
+
+def test_the_page_of_half_a_demo(tmp_path):
+    folder = tmp_path / "quick"
+    (folder / "done").mkdir(parents=True)
+    found = summary.collect(folder, quick=True, seed=0)
+    report.write(tmp_path / "report.html", folder, found)
+    html = (tmp_path / "report.html").read_text()
+    assert "quick run" in html and "not measured" in html and "The bundle" not in html

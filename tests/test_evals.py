@@ -1,0 +1,193 @@
+"""Evaluation on the shapes world: its prompts, its judge's verdicts, the intervals."""
+
+import json
+import math
+
+import commands
+import numpy as np
+import pytest
+
+from dreamlite_jax import generation, system
+from dreamlite_jax.data import shapes as world
+from dreamlite_jax.evals import shapes, statistics
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (0, 10), (3, 10), (10, 10), (180, 256)])
+def test_wilson_solves_its_equation(hits, n):
+    """The ends are the p at which the observed share is z standard errors away (Wilson 1927)."""
+    share = statistics.wilson(hits, n)
+    assert share.value == hits / n and 0 <= share.low <= share.value <= share.high <= 1
+    for end in (share.low, share.high):
+        if end in (0, 1):
+            assert hits in (0, n)
+        else:
+            away = abs(hits / n - end) / math.sqrt(end * (1 - end) / n)
+            assert away == pytest.approx(1.959964, rel=1e-6)
+
+
+def test_wilson_refuses_what_is_no_share():
+    for hits, n in ((1, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="no share"):
+            statistics.wilson(hits, n)
+
+
+def test_wilson_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    for p in (0.05, 0.5, 0.9):
+        hits = rng.binomial(60, p, 2000)
+        inside = [
+            statistics.wilson(int(h), 60).low <= p <= statistics.wilson(int(h), 60).high
+            for h in hits
+        ]
+        assert 0.92 < np.mean(inside) < 0.98
+
+
+def test_changes_are_paired():
+    before = [True, False, False, True, False, False, True, False]
+    after = [True, True, True, True, False, False, True, False]
+    found = statistics.change(before, after)
+    d = np.array(after, float) - np.array(before, float)
+    assert found.value == 0.25
+    assert found.half == pytest.approx(1.959964 * d.std(ddof=1) / math.sqrt(8), rel=1e-6)
+    same = statistics.change(before, before)
+    assert same.value == 0 and same.half == 1 / 8  # never a certainty
+    with pytest.raises(ValueError, match="same ones"):
+        statistics.change([True], [True, False])
+
+
+@pytest.mark.parametrize("task", ["t2i", "edit"])
+@pytest.mark.parametrize("split", shapes.SPLITS)
+def test_cases_are_fixed_and_their_targets_are_right(task, split):
+    given = shapes.cases(task, split, 12, 32)
+    assert [case.prompt for case in given] == [c.prompt for c in shapes.cases(task, split, 12, 32)]
+    assert [case.prompt for case in given[:5]] == [
+        case.prompt for case in shapes.cases(task, split, 5, 64)
+    ]
+    assert all(v.exact for v in shapes.verdicts([case.target for case in given], given))
+    assert all((case.source is None) == (task == "t2i") for case in given)
+    other = shapes.cases(task, split, 12, 32, seed=1)
+    assert [case.prompt for case in given] != [case.prompt for case in other]
+
+
+def test_held_out_prompts_name_what_training_never_shows():
+    pairs = set(world.DEMO.held_out)
+    for case in shapes.cases("t2i", "held_out", 20, 32):
+        named = {(s, c) for want in case.spec.wants for s in want.shapes for c in want.colours}
+        assert named & pairs, case.prompt
+    for case in shapes.cases("t2i", "iid", 20, 32):
+        named = {(s, c) for want in case.spec.wants for s in want.shapes for c in want.colours}
+        assert not named & pairs, case.prompt
+
+
+def test_summary_counts_by_kind():
+    given = shapes.cases("edit", "iid", 20, 32)
+    images = [case.target if k % 4 else case.source for k, case in enumerate(given)]
+    found = shapes.verdicts(images, given)
+    said = shapes.summary(found, given)
+    assert said["count"] == 20 and said["exact"] == 15 and said["accuracy"] == 0.75
+    assert said["low"] < 0.75 < said["high"] and said["score"] > 0.75
+    assert [sum(column) for column in zip(*said["kinds"].values(), strict=True)] == [15, 20]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("t2v", "iid", 1, 32), "task is 't2v', known are t2i, edit"),
+        (("t2i", "test", 1, 32), "split is 'test', known are"),
+        (("t2i", "iid", 1, 8), "8 px are too small"),
+        (("t2i", "iid", 1, 32, "big"), "world is 'big'"),
+    ],
+)
+def test_impossible_cases_are_refused(arguments, reason):
+    with pytest.raises(shapes.EvalError, match=reason):
+        shapes.cases(*arguments)
+
+
+@pytest.fixture
+def oracle(monkeypatch, cache):
+    """A model that draws the right answer of every prompt but each third."""
+    asked = []
+
+    def generate(model, requests, noise, settings, sources=None, on_step=None):
+        asked.append((model.config.mobile, settings, len(requests)))
+        task = "t2i" if sources is None else "edit"
+        known = {c.prompt: c.target for c in shapes.cases(task, "iid", 9, settings.height)}
+        for k, request in enumerate(requests):
+            picture = known[request] if k % 3 else np.zeros_like(known[request])
+            yield noise[k], picture
+
+    monkeypatch.setattr(generation, "generate", generate)
+    config = system.read_config(cache / "model")
+    return system.System(config, {}, None, cache / "model"), asked
+
+
+def test_pictures_are_asked_for_with_their_own_noise(oracle):
+    model, asked = oracle
+    given, counted = shapes.cases("t2i", "iid", 9, 32), []
+    settings = generation.Settings(steps=28, guidance=3.5, height=32)
+    images = shapes.pictures(model, given, settings, lambda: counted.append(1))
+    assert [v.exact for v in shapes.verdicts(images, given)] == [k % 3 > 0 for k in range(9)]
+    assert len(counted) == 9 and not asked[0][0]
+    few = generation.Settings(steps=4, guidance=1.0, image_guidance=1.0, height=32)
+    shapes.pictures(model, given, few)
+    assert asked[1][0]  # without guidance one branch is enough
+    noise = shapes.noise(model.config, given, 32)
+    assert len({row.tobytes() for row in noise}) == 9
+    np.testing.assert_array_equal(noise[2], generation.initial_noise(model.config, 2, 32, 32))
+
+
+def test_repeated_prompts_differ_in_their_noise_only():
+    given = shapes.cases("t2i", "iid", 3, 32)
+    again = shapes.repeated(given, 2, 4)
+    assert [case.prompt for case in again] == [given[0].prompt] * 4 + [given[1].prompt] * 4
+    assert len({case.seed for case in (*given, *again)}) == 11
+    images = np.stack([case.target for case in again])
+    assert shapes.diversity(images, 4) == 0
+    images[0] = 255 - images[0]
+    assert shapes.diversity(images, 4) > 0.1
+
+
+def test_the_command(oracle, monkeypatch, cache, tmp_path, capsys):
+    model, asked = oracle
+    monkeypatch.setattr(system, "load", lambda folder: model)
+    flags = ("--split=iid", "--count=9", f"--out={tmp_path}", "--compilation_cache=")
+    assert commands.run("evaluate", f"--model={cache / 'model'}", *flags) == 0
+    out = capsys.readouterr().out
+    assert "1/2 model t2i iid: 66.7 % exact (35.4 to 87.9, n = 9)" in out
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert [(one["task"], one["exact"]) for one in found] == [("t2i", 6), ("edit", 6)]
+    assert found[0]["steps"] == 28 and found[0]["guidance"] == 3.5
+    with np.load(tmp_path / "model" / "edit_iid.npz") as arrays:
+        assert arrays["exact"].sum() == 6 and arrays["sources"].shape == arrays["images"].shape
+    assert (tmp_path / "model" / "t2i_iid.png").is_file()
+    # What is there is not drawn again.
+    assert commands.run("evaluate", f"--model={cache / 'model'}", *flags) == 0
+    assert len(asked) == 2
+
+
+def test_pictures_of_another_program_are_judged(tmp_path, capsys):
+    given = shapes.cases("t2i", "held_out", 5, 32)
+    images = np.stack([case.target for case in given])
+    np.savez(tmp_path / "t2i_held_out.npz", images=images)
+    one = {"name": "phone", "pictures": str(tmp_path), "task": ["t2i"], "split": ["held_out"]}
+    flags = (f"--variants={json.dumps([one])}", f"--out={tmp_path / 'out'}")
+    assert commands.run("evaluate", *flags, "--compilation_cache=") == 0
+    assert "phone t2i held_out: 100.0 % exact (56.6 to 100.0, n = 5)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ((), "give either --model or --variants"),
+        (("--variants=[",), "no JSON"),
+        (('--variants={"name": "a"}',), "expected a JSON list of objects"),
+        (('--variants=[{"name": "a", "stepps": 4}]',), "knows name, model"),
+        (("--model=nowhere",), "no such directory"),
+        (('--variants=[{"name": "a", "pictures": "nowhere"}]',), "no pictures of t2i_held_out"),
+    ],
+)
+def test_wrong_use_is_one_line(flags, reason, tmp_path, capsys):
+    given = (*flags, f"--out={tmp_path}", "--compilation_cache=")
+    assert commands.run("evaluate", *given) == 2
+    err = capsys.readouterr().err
+    assert reason in err and err.count("\n") == 1
