@@ -321,7 +321,8 @@ def _recipe(
         folder is not None and (entry.get("precomputed") or folder.is_dir())
         for entry, folder in zip(raw[where], folders, strict=True)
     ]
-    if raw.stage == DIFFUSION and any(used):  # rewards need the prompts and sources themselves
+    # Rewards need the prompts and sources themselves.
+    if raw.stage in (DIFFUSION, DMD2) and any(used):
         made_with = precompute.made_with(
             model_dir, config, image_size=raw.image_size, max_ratio=raw.max_ratio
         )
