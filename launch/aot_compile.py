@@ -31,14 +31,15 @@ from dreamlite_jax.data.mixture import EDIT
 from dreamlite_jax.data.prompts import DropCounts
 from dreamlite_jax.models import autoencoder, unet
 from dreamlite_jax.models.primitives import PLAIN
-from dreamlite_jax.objectives import flow_matching
+from dreamlite_jax.objectives import dmd2
+from dreamlite_jax.train import checks, costs, distillation, loop, sharding, stages
 from dreamlite_jax.train import config as train_config
-from dreamlite_jax.train import costs, loop, sharding, stages
 from dreamlite_jax.train.metrics import PEAK_FLOPS
 from dreamlite_jax.train.state import new_state
 from dreamlite_jax.train.update import make_update
 
 DOES_NOT_FIT = 3
+STAGES = (checks.DIFFUSION, checks.DMD2)
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "kind and shape of the slice")
@@ -51,8 +52,10 @@ def main() -> None:
     if CONFIG.value is None:
         raise cli.CommandError("--config is missing, such as --config=configs/phase3_joint.py")
     raw = CONFIG.value
-    if raw.stage != train_config.DIFFUSION:
-        raise cli.CommandError(f"the stage {raw.stage!r} is not compiled here, only diffusion")
+    if raw.stage not in STAGES:
+        raise cli.CommandError(
+            f"the stage {raw.stage!r} is not compiled here, only {' and '.join(STAGES)}"
+        )
     devices = topology(TOPOLOGY.value)
     kind = devices[0].device_kind
     mesh = sharding.make_mesh(raw.mesh.data, raw.mesh.fsdp, devices)
@@ -118,7 +121,7 @@ def topology(name: str) -> list[Any]:
 
 def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
     """The step of a config, shapes of its arguments on the mesh, and the FLOPs of its gradient."""
-    settings = train_config.settings_of(flow_matching.Settings, raw.loss, "loss")
+    settings = train_config.settings_of(train_config.STAGES[raw.stage], raw.loss, "loss")
     network = unet.PRESETS.get(raw.unet or "dreamlite")
     if network is None:
         raise cli.CommandError(f"unet is {raw.unet!r}, known are {', '.join(unet.PRESETS)}")
@@ -133,23 +136,58 @@ def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
     )
     batch = abstract_batch(raw, config)
     context_length = batch["context"].shape[1]
-    loss_fn = stages.diffusion_loss(config, context_length, settings)
     optimisation = train_config.optimisation_of(raw)
-    step_fn = make_update(loss_fn, *optimisation)
+    trained = {"unet": pretrained.param_shapes(pretrained.UNET, network)}
+    start = functools.partial(new_state, tx=optimisation.tx)
+    state, frozen = jax.eval_shape(start, trained), {}
+    plain = config._replace(remat="none", ops=PLAIN)
+    if raw.stage == checks.DMD2:
+        distill = distillation.settings_of(raw.distill, train_config.settings_of)
+        both = optimisation, train_config.score_optimisation_of(raw)
+        make = functools.partial(distillation.make_step, context_length=context_length)
+        step_fn = make(config, distill, settings, student=both[0], fake=both[1])
+        state = {distillation.STUDENT: state, distillation.FAKE: state}
+        frozen = {distillation.TEACHER: trained["unet"]}
+        flops = distilled_flops(plain, distill, settings, trained, batch)
+    else:
+        loss_fn = stages.diffusion_loss(config, context_length, settings)
+        step_fn = make_update(loss_fn, *optimisation)
+        plain_loss = stages.diffusion_loss(plain, context_length, settings)
+        flops = costs.gradient_flops(plain_loss, trained, {}, one_row(batch))
 
     rules = train_config.rules_of(raw)
-    trained = {"unet": pretrained.param_shapes(pretrained.UNET, network)}
-    state = jax.eval_shape(functools.partial(new_state, tx=optimisation.tx), trained)
-    state = placed(state, sharding.shardings(state, rules, mesh))
+    state, frozen = (placed(x, sharding.shardings(x, rules, mesh)) for x in (state, frozen))
     rows = NamedSharding(mesh, sharding.ROWS)
     spread = placed(batch, jax.tree.map(lambda _: rows, batch))
     key = jax.eval_shape(lambda: jax.random.key(0))
+    return step_fn, (state, frozen, spread, key), raw.batch_size * flops
 
-    plain = config._replace(remat="none", ops=PLAIN)
-    row = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-    plain_loss = stages.diffusion_loss(plain, context_length, settings)
-    flops = raw.batch_size * costs.gradient_flops(plain_loss, trained, {}, row)
-    return step_fn, (state, {}, spread, key), flops
+
+def one_row(batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+
+
+def distilled_flops(
+    config: system.Config,
+    settings: distillation.Settings,
+    loss: dmd2.Settings,
+    trained: Any,
+    batch: dict[str, jax.ShapeDtypeStruct],
+) -> float:
+    """A row's in a step that updates both networks: their gradients. The compiler counts a branch
+    of `lax.cond` as always taken, and a loop of unknown length once."""
+    row, frozen = one_row(batch), {distillation.TEACHER: trained["unet"]}
+    frozen |= {distillation.FAKE: trained, distillation.STUDENT: trained}
+    length = batch["context"].shape[1]
+    rows = jax.eval_shape(
+        lambda networks, row: distillation.prepared(
+            config, settings, length, networks, row, jax.random.key(0)
+        ),
+        trained,
+        row,
+    )
+    losses = distillation.make_losses(config, settings, loss)
+    return sum(costs.gradient_flops(loss_fn, trained, frozen, rows) for loss_fn in losses)
 
 
 def abstract_batch(raw: ConfigDict, config: system.Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -169,6 +207,9 @@ def abstract_batch(raw: ConfigDict, config: system.Config) -> dict[str, jax.Shap
     }
     if edits:
         shapes["source_latents"] = (latents, jnp.float32)
+    if raw.stage == checks.DMD2:
+        texts = {name: shapes[name] for name in ("context", "context_mask")}
+        shapes |= {f"null_{name}": shape for name, shape in texts.items()}
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 
@@ -212,7 +253,8 @@ def report(
     found: costs.Costs, figures: dict, state: Any, kind: str, mesh: Mesh
 ) -> dict[str, float]:
     """Prints the figures; returns the shares of the peak that they imply."""
-    params = sum(x.size for x in jax.tree.leaves(state.params))
+    trained = state[distillation.STUDENT] if isinstance(state, dict) else state
+    params = sum(x.size for x in jax.tree.leaves(trained.params))
     held = sum(
         np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
     )

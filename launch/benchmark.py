@@ -1,10 +1,10 @@
 """Measures this project beside what people would otherwise use, in one run.
 
-    python -m launch.benchmark --suite=unet|sample|data|train|rl|tflite
+    python -m launch.benchmark --suite=unet|sample|data|train|rl|distill|tflite
 
 Prints one row a case: time of each contender, the ratio ours / theirs (below 1: ours is faster) and
 peak memory. Numbers are for the machine it runs on; quote the ratio. Needs the extra "parity" (not
-`rl`, which compares this project with itself).
+`rl` and `distill`, which compare this project with itself).
 """
 
 import importlib
@@ -15,7 +15,7 @@ from absl import app, flags
 
 from launch.benchmarks.compare import Timing, compare
 
-_SUITES = ("unet", "sample", "data", "train", "rl", "tflite")
+_SUITES = ("unet", "sample", "data", "train", "rl", "distill", "tflite")
 _SUITE = flags.DEFINE_enum("suite", None, _SUITES, "What to measure.", required=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of every contender.", lower_bound=1)
 _ONLY = flags.DEFINE_string("only", "", "Regex: the cases to run.")

@@ -336,9 +336,7 @@ def test_what_a_run_is_made_of(quick, tmp_path):
     assert "2 updates of 4 pictures = 1 devices x 4 x accumulation 1" in said
     meta = train_config.meta_of(run)
     train_config.check_resumed(run, meta)
-    with pytest.raises(
-        ConfigError, match="the policy was held to the run x at step 3, now init_fr"
-    ):
+    with pytest.raises(ConfigError, match="the run began with the run x at step 3, now init_from"):
         train_config.check_resumed(run, {**meta, "reference": "the run x at step 3"})
 
 

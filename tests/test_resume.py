@@ -16,7 +16,7 @@ from dreamlite_jax.train import checkpoint, origins
 pytestmark = pytest.mark.e2e
 
 STEPS = 4
-STAGES = ("autoencoder", "phase1_t2i", "phase2_edit", "phase3_joint", "sft")
+STAGES = ("autoencoder", "phase1_t2i", "phase2_edit", "phase3_joint", "sft", "distill_dmd2")
 KILLS = {"phase3_joint": 2}  # the others once
 
 

@@ -46,7 +46,8 @@ class Batch(QwenInputs, total=False):
     target: NotRequired[np.ndarray]  # float32 [B, H, W, 3] in [-1, 1]
     source: NotRequired[np.ndarray]  # likewise; only with edits, 0 for T2I
     drop: NotRequired[np.ndarray]  # int32 [B], tokens of the template's prefix
-    # `null_input_ids`, `null_drop`, ...: the same of the null text, for guidance (`with_null`)
+    # `null_input_ids`, `null_drop`, ...: the same of the null text, for guidance (`with_null`);
+    # of precomputed samples `null_context` and `null_context_mask`
 
     target_latents: NotRequired[np.ndarray]  # float32 [B, h, w, c]
     source_latents: NotRequired[np.ndarray]  # likewise; only with edits, 0 for T2I
@@ -408,23 +409,34 @@ def _latents(
         sample.null if without else transforms.pick(sample.contexts, r.caption)
         for sample, r, without in zip(samples, random, null, strict=True)
     ]
-    shape = (len(samples), recipe.context_length)
     out = {
         "target_latents": np.stack([sample.target for sample in samples]).astype(np.float32),
         "changed": np.stack([sample.changed for sample in samples]),
         "crop": np.array([sample.crop for sample in samples], np.float32),
-        "context": np.zeros((*shape, contexts[0].shape[1]), np.float32),
-        "context_mask": np.zeros(shape, bool),
+        **_contexts(recipe, sources, contexts),
     }
-    for b, (source, context) in enumerate(zip(sources, contexts, strict=True)):
-        n = min(len(context), recipe.length - source.drop)  # what is left of a tokenised row
-        out["context"][b, :n], out["context_mask"][b, :n] = context[:n], True
+    if recipe.with_null:
+        nothing = _contexts(recipe, sources, [sample.null for sample in samples])
+        out |= {f"null_{key}": array for key, array in nothing.items()}
     if recipe.edits:
         out["source_latents"] = np.zeros_like(out["target_latents"])
         for row, sample in zip(out["source_latents"], samples, strict=True):
             if sample.source is not None:
                 row[:] = sample.source
     return out
+
+
+def _contexts(
+    recipe: Recipe, sources: Sequence[PrecomputedSource], contexts: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Encoded texts [n, F] of every row as `context` and `context_mask`."""
+    shape = (len(contexts), recipe.context_length)
+    context = np.zeros((*shape, contexts[0].shape[1]), np.float32)
+    mask = np.zeros(shape, bool)
+    for b, (source, own) in enumerate(zip(sources, contexts, strict=True)):
+        n = min(len(own), recipe.length - source.drop)  # what is left of a tokenised row
+        context[b, :n], mask[b, :n] = own[:n], True
+    return {"context": context, "context_mask": mask}
 
 
 # --- The same data as before? ---------------------------------------------------------------------

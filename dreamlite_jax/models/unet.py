@@ -313,12 +313,12 @@ NANO = dataclasses.replace(
 )
 
 # For the shapes world at 32 px. Its latents are as small as the lowest level of a released model's,
-# so that every level has self-attention: an edit copies across the seam.
+# so that every level on the way down has self-attention: an edit copies across the seam.
 SHAPES = dataclasses.replace(
     TINY,
     down_block_types=("DreamLiteCrossAttnDownBlock2D",) * 3,
-    up_block_types=("DreamLiteCrossAttnUpBlock2D",) * 3,
-    block_out_channels=(48, 96, 160),
+    up_block_types=(*("DreamLiteCrossAttnUpBlock2D",) * 2, "DreamLiteUpBlock2D"),
+    block_out_channels=(32, 96, 160),
     layers_per_block=1,
     transformer_layers_per_block=(1, 1, 1),
     attention_head_dim=(2, 4, 5),

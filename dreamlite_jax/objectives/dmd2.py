@@ -11,7 +11,12 @@ so that the gradient by x0 is g itself (DMD, Yin et al. 2024, arXiv 2311.18828, 
 fake score's own loss is `flow_matching.losses` on the student's samples, as in pretraining.
 
 The student meets in training what it meets on the phone: its inputs are drawn by the deployed,
-deterministic sampler (backward simulation), and the gradient goes through one step of it.
+deterministic sampler (backward simulation), and the gradient goes through one step of it. What a
+step takes for x0 is compared at the noise between its two ends (`within`), as in trajectory
+distribution matching (TDM, Luo et al. 2025, arXiv 2503.06674), so that the fake score sees one
+step's samples at each noise. Compared everywhere, as by DMD2, it knows but the mixture of all
+steps, and a blurred first step and a last one without spread are fine together: in one dimension,
+where the answer is known, the last step's samples shrink to points.
 
 Shapes: B rows, h and w latent pixels, c latent channels.
 """
@@ -39,6 +44,7 @@ class Settings(NamedTuple):
     least: float = 0.02  # sigmas at which scores are compared are uniform in [least, most), ...
     most: float = 0.98
     shift: bool = True  # ... then moved towards noise as the sampler's
+    within: bool = True  # compare a step only between its two ends; False: everywhere, as DMD2
     gan: float = 0.0  # weight of the adversarial term; DMD2: 5e-3
     gan_score: float = (
         0.01  # and of the discriminator's loss beside the fake score's; only with gan
@@ -95,8 +101,14 @@ def sample_from(velocity_fn: VelocityFn, xt: Array, sigma: Array) -> Array:
 # --- The student's loss ---------------------------------------------------------------------------
 
 
-def draw(settings: Settings, keys: Array, x0: Array, mu: float) -> tuple[Array, Array]:
-    """Where scores are compared: sigma float32 [B] and noise like x0; a key [B] for every row."""
+def draw(
+    settings: Settings, keys: Array, x0: Array, mu: float, before: Array, after: Array
+) -> tuple[Array, Array]:
+    """Where scores are compared: sigma float32 [B] and noise like x0; a key [B] for every row.
+
+    Args:
+      before, after: float32 [B], the sigmas between which the student's step goes.
+    """
 
     def row(key: Array) -> tuple[Array, Array]:
         for_sigma, for_noise = jax.random.split(key)
@@ -104,7 +116,13 @@ def draw(settings: Settings, keys: Array, x0: Array, mu: float) -> tuple[Array, 
         sigma = flow.shift_sigma(sigma, mu) if settings.shift else sigma
         return sigma, jax.random.normal(for_noise, x0.shape[1:], jnp.float32)
 
-    return jax.vmap(row)(keys)
+    sigma, noise = jax.vmap(row)(keys)
+    return within(settings, sigma, before, after), noise
+
+
+def within(settings: Settings, sigma: Array, before: Array, after: Array) -> Array:
+    """sigma in [0, 1) moved into [after, before), where that is asked for."""
+    return after + (before - after) * sigma if settings.within else sigma
 
 
 def draw_guidance(settings: Settings, keys: Array) -> Array | float:

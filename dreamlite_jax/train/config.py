@@ -148,7 +148,7 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
             problems += _not_precomputed(raw, used, model_dir)
     teacher = attempt(origins.reference, raw.init_from, model_dir) if distill and found else None
     if teacher and config:
-        random = raw.model in tiny.PRESETS
+        random = raw.model in tiny.PRESETS or raw.unet == "nano"  # nothing is learnt there
         problems += attempt(distillation.teacher_problems, teacher, random) or []
         problems += attempt(origins.problems, {"unet": teacher}, config) or []
     if problems:
@@ -321,7 +321,8 @@ def _recipe(
         folder is not None and (entry.get("precomputed") or folder.is_dir())
         for entry, folder in zip(raw[where], folders, strict=True)
     ]
-    if raw.stage == DIFFUSION and any(used):  # rewards need the prompts and sources themselves
+    # Rewards need the prompts and sources themselves.
+    if raw.stage in (DIFFUSION, DMD2) and any(used):
         made_with = precompute.made_with(
             model_dir, config, image_size=raw.image_size, max_ratio=raw.max_ratio
         )

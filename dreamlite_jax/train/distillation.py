@@ -133,8 +133,11 @@ def logits(
 
 
 def discriminator(config: system.Config) -> Discriminator:
-    groups = config.unet.norm_num_groups
-    return Discriminator(config.unet.block_out_channels[-1] // groups * groups, groups)
+    """Deep enough to end at about 4 x 4 places for pictures of the model's own size."""
+    unet = config.unet
+    side = (unet.sample_size or 128) // 2 ** (unet.levels - 1)
+    depth = max(side // 4, 1).bit_length() - 1
+    return Discriminator(depth, unet.block_out_channels[-1], unet.norm_num_groups)
 
 
 # --- Losses ---------------------------------------------------------------------------------------
@@ -144,6 +147,10 @@ def make_losses(config: system.Config, settings: Settings, loss: dmd2.Settings) 
     """The losses on rows of `prepared`. Frozen, the student's has {TEACHER, FAKE}, the fake
     score's {STUDENT}."""
 
+    def score_draw(keys: Array, x0: Array, mu: float, rows: Any) -> tuple[Array, Array]:
+        sigma, noise = flow_matching.draw(settings.score, keys, x0, mu)
+        return dmd2.within(loss, sigma, rows["sigma"], rows["after"]), noise
+
     def student_loss(trained: Params, frozen: Params, rows: Any, keys: Array):
         given, fake = rows["given"], frozen[FAKE]
         for_place, for_scale, for_gan = split_keys(keys, 3)
@@ -152,12 +159,12 @@ def make_losses(config: system.Config, settings: Settings, loss: dmd2.Settings) 
         teacher_fn = guided(config, frozen[TEACHER], given, loss, scale)
         x0 = dmd2.sample_from(student_fn, rows["xt"], rows["sigma"])
         mu = flow.resolution_mu(*x0.shape[1:3], config.shift)
-        sigma, noise = dmd2.draw(loss, for_place, x0, mu)
+        sigma, noise = dmd2.draw(loss, for_place, x0, mu, rows["sigma"], rows["after"])
         fake_fn = plain(config, fake["unet"], given)
         total = dmd2.matching_losses(x0, sigma, noise, fake_fn, teacher_fn)
         metrics = {"student/matching": Mean.of(total)}
         if loss.gan:
-            sigma, noise = flow_matching.draw(settings.score, for_gan, x0, mu)
+            sigma, noise = score_draw(for_gan, x0, mu, rows)
             logit_fn = functools.partial(logits, config, fake["unet"], fake[HEAD], given)
             fooling = dmd2.fooling_losses(x0, sigma, noise, logit_fn)
             total = total + loss.gan * fooling
@@ -177,12 +184,12 @@ def make_losses(config: system.Config, settings: Settings, loss: dmd2.Settings) 
         student_fn = plain(config, frozen[STUDENT]["unet"], given)
         x0 = lax.stop_gradient(dmd2.sample_from(student_fn, rows["xt"], rows["sigma"]))
         mu = flow.resolution_mu(*x0.shape[1:3], config.shift)
-        sigma, noise = flow_matching.draw(score, for_flow, x0, mu)
+        sigma, noise = score_draw(for_flow, x0, mu, rows)
         fake_fn = plain(config, trained["unet"], given)
         losses = flow_matching.losses(fake_fn, x0, sigma, noise, score)
         total, metrics = losses.mean(), stages.loss_metrics(losses, rows["task"], sigma)
         if loss.gan:
-            sigma, noise = flow_matching.draw(score, for_gan, x0, mu)
+            sigma, noise = score_draw(for_gan, x0, mu, rows)
             logit_fn = functools.partial(logits, config, trained["unet"], trained[HEAD], given)
             telling = dmd2.telling_losses(x0, rows["x0"], sigma, noise, logit_fn)
             total = total + loss.gan_score * telling.mean()
@@ -210,7 +217,7 @@ def prepared(
 ) -> dict[str, Any]:
     """What both losses need of a batch, [B, ...]: `given` (`stages.conditions`), `task`, latents
     `x0` of its targets, `noise`, and where the student is on its way from there: `xt` at `sigma`,
-    one of its steps, the same for all rows.
+    one of its steps, the same for all rows, which leads to `after`.
 
     Args:
       networks: {"unet": the student's, "vae", "text_encoder"}.
@@ -222,9 +229,9 @@ def prepared(
     sigmas = flow.sigma_list(settings.steps, flow.resolution_mu(*x0.shape[1:3], config.shift))
     stop = jax.random.randint(for_stop, (), 0, settings.steps)
     xt = dmd2.simulated(plain(config, networks["unet"], given), noise, sigmas, stop)
-    sigma = jnp.broadcast_to(jnp.asarray(sigmas)[stop], x0.shape[:1])
+    sigma, after = (jnp.full(x0.shape[:1], jnp.asarray(sigmas)[k]) for k in (stop, stop + 1))
     rows = {"given": given, "task": batch["task"], "x0": x0, "noise": noise}
-    return {**rows, "xt": xt, "sigma": sigma}
+    return {**rows, "xt": xt, "sigma": sigma, "after": after}
 
 
 def make_step(

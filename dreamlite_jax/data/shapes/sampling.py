@@ -34,7 +34,7 @@ from dreamlite_jax.data.shapes.world import (
 )
 
 # Counts up whenever a seed and an index give another sample than before.
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "iid", "held_out", "all")
 EDITS = ("recolour", "reshape", "resize", "move", "remove", "add", "ground")
 Pair = tuple[str, str]  # (shape, colour)
@@ -108,9 +108,11 @@ QUICK = Settings(
 )
 DEMO = Settings(
     shapes=("circle", "square", "triangle", "cross"),
-    colours=("red", "yellow", "green", "cyan", "blue", "pink"),
+    colours=("red", "yellow", "green", "blue", "pink"),
     grounds=("white", "black", "navy"),
-    held_out=(("circle", "cyan"), ("square", "pink"), ("triangle", "red"), ("cross", "yellow")),
+    held_out=(("circle", "blue"), ("square", "pink"), ("triangle", "red"), ("cross", "yellow")),
+    counts=(0.75, 0.25),
+    jitter=0.4,
 )
 HARD = Settings(
     shapes=SHAPES,
