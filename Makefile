@@ -5,8 +5,9 @@ RUN := $(VENV)/bin/python
 
 .PHONY: demo test lint format gpu-driver clean
 
-demo: $(VENV)/.base
-	$(RUN) -m launch.demo
+# QUICK=1: few steps of the smallest model, which shows that everything works and no more.
+demo: $(VENV)/.demo
+	$(RUN) -m launch.demo $(if $(QUICK),--quick)
 
 # Without a driver the tests that need one say so and are skipped; under CI=true they fail.
 test: lint
@@ -36,6 +37,10 @@ $(VENV)/.base: $(VENV)/bin/python setup.cfg pyproject.toml
 	$(RUN) -m pip install --quiet --editable .
 	touch $@
 
+$(VENV)/.demo: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(RUN) -m pip install --quiet --editable ".[convert]"
+	touch $@ $(VENV)/.base
+
 $(VENV)/.dev: $(VENV)/bin/python setup.cfg pyproject.toml
 	$(RUN) -m pip install --quiet --editable ".[dev,parity,convert]"
-	touch $@ $(VENV)/.base
+	touch $@ $(VENV)/.base $(VENV)/.demo
