@@ -14,5 +14,6 @@ def get_config(variant=None):
     config.validation = ({"source": "shapes:demo:held_out", "task": "edit"},)
     config.text_length = 136
     config.loss.weight_changed = True
+    config.steps = 700
     config.optim.lr = 1.5e-3
     return finished(config, variant)

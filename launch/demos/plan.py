@@ -24,6 +24,7 @@ class Stage(NamedTuple):
     variants: tuple[dict, ...] = ()  # of launch.evaluate; `model` is the run
 
 
+GUIDED = {"guidance": 2.0, "image_guidance": 1.0}  # more guidance is worse in this small world
 FEW = {"steps": 4, "guidance": 1.0, "image_guidance": 1.0}
 STAGES = (
     Stage(
@@ -35,31 +36,37 @@ STAGES = (
         "phase1_t2i",
         "Text to image",
         480,
-        ({"name": "pretrain", "task": ["t2i"]},),
+        ({"name": "pretrain", "task": ["t2i"], **GUIDED},),
     ),
     Stage(
         "phase2_edit",
         "Editing",
         360,
-        ({"name": "edit", "task": ["t2i"]}, {"name": "pretrain", "task": ["edit"]}),
+        (
+            {"name": "edit", "task": ["t2i"], **GUIDED},
+            {"name": "pretrain", "task": ["edit"], **GUIDED},
+        ),
     ),
     Stage(
         "phase3_joint",
         "Both together",
         360,
-        ({"name": "joint"},),
+        ({"name": "joint", **GUIDED},),
     ),
     Stage(
         "sft",
         "Fine-tuning",
         120,
-        ({"name": "sft"},),
+        ({"name": "sft", **GUIDED},),
     ),
     Stage(
         "rl_grpo",
         "Reinforcement learning",
         300,
-        ({"name": "rl", "diversity": 16}, {"name": "teacher_4step", "diversity": 16, **FEW}),
+        (
+            {"name": "rl", "diversity": 16, **GUIDED},
+            {"name": "teacher_4step", "diversity": 16, **FEW},
+        ),
     ),
     Stage(
         "distill_dmd2",
@@ -92,7 +99,7 @@ class Plan(NamedTuple):
     @property
     def count(self) -> int:
         """Prompts of each task and split."""
-        return 8 if self.quick else 256
+        return 8 if self.quick else 128
 
     @property
     def on_bundles(self) -> int:
