@@ -39,7 +39,7 @@ def steps(made: Plan) -> list[Step]:
         workdir = made.folder / "runs" / f"direct{number}"
         found.append(leg(made, number, phase, workdir, start))
         start = workdir
-    variant = {"name": "direct", "model": str(start)}
+    variant = {"name": "direct", "model": str(start), **plan.GUIDED}
     return [*found, plan.evaluate(made, "direct", "Judging: direct", [variant], 60)]
 
 

@@ -419,7 +419,7 @@ def bundles(folder: Path, found: Metrics) -> str:
     for task in TASKS:
         names = {"distilled": "JAX", "bundle_fp16": "fp16", "bundle_int8": "int8"}
         if given := columns(folder, task, names):
-            rows = range(min(4, smallest(given)))
+            rows = range(min(6, smallest(given)))
             shown.append(f"<h3>{NAMES[task]}</h3>{sheet(given, rows, 'narrow')}")
     return (
         f"<h2>The bundle</h2><p>{where(folder)} Captions are encoded by the bundle's own text "
@@ -450,19 +450,12 @@ def bundle(folder: Path, name: str, found: Metrics) -> str:
     for file, entry in sorted(files.items(), key=lambda item: -item[1]["bytes"]):
         if file in said:
             one = said[file]
-            delegated = {True: "all on the GPU", False: "refused", None: "not tried"}
-            nearest = one["psnr"].get("gpu fp16") or one["psnr"]["cpu fp32"]
-            reached = f"{min(nearest.values()):.0f} dB"
             count = sum(sum(graph.values()) for graph in one["operations"].values())
-            rows.append(
-                (
-                    f"<code>{text(file)}</code>",
-                    f"{entry['bytes'] / 1e6:.2f} MB",
-                    str(count),
-                    delegated[one["delegated"]],
-                    reached,
-                )
-            )
+            delegated = {True: f"all {count} operations", False: "refused", None: "not tried"}
+            nearest = one["psnr"].get("gpu fp16") or one["psnr"]["cpu fp32"]
+            size, reached = f"{entry['bytes'] / 1e6:.2f} MB", f"{min(nearest.values()):.0f} dB"
+            part = text(file.removesuffix(".tflite").replace("_", " "))
+            rows.append((part, size, delegated[one["delegated"]], reached))
     likeness = [
         f"{NAMES[task]}: {found[key]:.1f} dB of JAX's pictures, "
         f"{1e3 * found[f'{task}_seconds_{name}']:.0f} ms a picture."
@@ -473,7 +466,7 @@ def bundle(folder: Path, name: str, found: Metrics) -> str:
     return (
         f'<div class="card"><h3 class="first">{VARIANTS[name]}, {total:.1f} MB with its '
         f"tokenizer and golden cases</h3>"
-        f"{table(('File', 'Size', 'Operations', 'GPU', 'Beside JAX'), rows, (1, 2, 4))}"
+        f"{table(('File', 'Size', 'On the GPU', 'Beside JAX'), rows, (1, 3))}"
         f'<p class="soft" style="margin:12px 0 0">{"<br>".join(likeness)}</p></div>'
     )
 
