@@ -300,7 +300,7 @@ def guided(xt, sigma, scale=2.0):
 
 # Two samples of 4000 from one density differ by 0.044 in one of 1000 cases (Kolmogorov-Smirnov);
 # the rest of the bound is what so few updates leave. One step tears the mixture apart at once.
-BOUND, UPDATES = 0.08, {1: 2500, 4: 1000}
+BOUND, UPDATES = 0.08, {1: 1500, 4: 800}
 
 
 @pytest.mark.parametrize("number", [1, 4])

@@ -91,6 +91,19 @@ def test_both_ways_give_the_same_loss(prepared, model_dir):
     assert stored.keys() <= pipeline.Batch.__annotations__.keys()
 
 
+def test_null_texts_for_guidance_are_stored_too(prepared, model_dir):
+    """They are what a batch holds whose texts are all dropped."""
+    _, given = recipe(prepared, model_dir, True)
+    plan, rows = pipeline.check(given), range(2)
+    both = pipeline.batch(given._replace(with_null=True), plan, rows, 0)
+    dropped = given._replace(dropout=transforms.EVERY_TEXT)
+    wanted = pipeline.batch(dropped, plan, rows, 0)
+    for name in ("context", "context_mask"):
+        np.testing.assert_array_equal(both[f"null_{name}"], wanted[name])
+    assert both["context"].shape == wanted["context"].shape
+    assert not np.array_equal(both["context"], wanted["context"])
+
+
 def test_a_finished_set_stays(prepared, model_dir, capsys):
     assert encode(prepared, model_dir) == 0
     assert "already complete" in capsys.readouterr().out
