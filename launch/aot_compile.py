@@ -32,7 +32,7 @@ from dreamlite_jax.data.prompts import DropCounts
 from dreamlite_jax.models import autoencoder, unet
 from dreamlite_jax.models.primitives import PLAIN
 from dreamlite_jax.objectives import dmd2
-from dreamlite_jax.train import checks, costs, distillation, loop, sharding, stages
+from dreamlite_jax.train import checks, costs, distillation, loop, optim, sharding, stages
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train.metrics import PEAK_FLOPS
 from dreamlite_jax.train.state import new_state
@@ -143,7 +143,9 @@ def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
     plain = config._replace(remat="none", ops=PLAIN)
     if raw.stage == checks.DMD2:
         distill = distillation.settings_of(raw.distill, train_config.settings_of)
-        both = optimisation, train_config.score_optimisation_of(raw)
+        own = train_config.settings_of(optim.Settings, raw.optim, "optim")
+        score = distillation.score_optimisation(distill, own, raw.steps)
+        both = optimisation, optimisation._replace(**score)
         make = functools.partial(distillation.make_step, context_length=context_length)
         step_fn = make(config, distill, settings, student=both[0], fake=both[1])
         state = {distillation.STUDENT: state, distillation.FAKE: state}

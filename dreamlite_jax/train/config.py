@@ -199,14 +199,6 @@ def optimisation_of(raw: ConfigDict) -> stages.Optimisation:
     return stages.Optimisation(tx, raw.ema_decay, raw.accumulation, settings.clip, settings.trained)
 
 
-def score_optimisation_of(raw: ConfigDict) -> stages.Optimisation:
-    """How the fake score's do, in the stage "dmd2": nothing asks for its average."""
-    settings = settings_of(optim.Settings, raw.optim, "optim")
-    rate = distillation.settings_of(raw.distill, settings_of).score_lr or settings.lr
-    tx = optim.make_tx(settings._replace(lr=rate), raw.steps)
-    return stages.Optimisation(tx, 0.0, raw.accumulation, settings.clip, settings.trained)
-
-
 def rules_of(raw: ConfigDict) -> tuple[sharding.Rule, ...]:
     """The config's own rules, then the usual ones.
 
@@ -406,7 +398,10 @@ def make_stage(run: Run) -> Stage:
 
 
 def _distillation_stage(run: Run, teacher: Params, trained: Params, frozen: Params) -> Stage:
-    both = run.optimisation, score_optimisation_of(run.raw)
+    score = distillation.score_optimisation(
+        run.distill, settings_of(optim.Settings, run.raw.optim, "optim"), run.raw.steps
+    )
+    both = run.optimisation, run.optimisation._replace(**score)
     step_fn = distillation.make_step(
         run.config, run.distill, run.loss, run.recipe.context_length, *both
     )

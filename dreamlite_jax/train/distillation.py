@@ -28,7 +28,7 @@ from dreamlite_jax.models.discriminator import Discriminator
 from dreamlite_jax.models.primitives import PLAIN
 from dreamlite_jax.objectives import dmd2, flow_matching
 from dreamlite_jax.rewards import statistics
-from dreamlite_jax.train import origins, sharding, stages
+from dreamlite_jax.train import optim, origins, sharding, stages
 from dreamlite_jax.train.loop import Predictions, Stage
 from dreamlite_jax.train.origins import Origin
 from dreamlite_jax.train.state import Params, TrainState
@@ -83,6 +83,13 @@ def problems(settings: Settings, steps: int) -> list[str]:
 def student_updates(settings: Settings, steps: int) -> int:
     """How often the student is updated in so many steps."""
     return max(steps - settings.warmup, 0) // settings.ratio
+
+
+def score_optimisation(settings: Settings, student: optim.Settings, steps: int) -> dict[str, Any]:
+    """What differs in how the fake score moves, of `stages.Optimisation`: its own rate over all
+    steps, and no average, for which nobody asks."""
+    rate = settings.score_lr or student.lr
+    return {"tx": optim.make_tx(student._replace(lr=rate), steps), "ema_decay": 0.0}
 
 
 def teacher_problems(teacher: Origin, random: bool) -> list[str]:
