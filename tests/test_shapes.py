@@ -35,15 +35,15 @@ SAMPLERS = (sample_t2i, sample_edit)
 NAMES = {"shape": shapes.SHAPES, "colour": tuple(shapes.COLOURS), "ground": tuple(shapes.GROUNDS)}
 GOLDEN_CAPTIONS = [
     "there is a small circle against a navy background",
-    "a circle at the top",
-    "a drawing of a cyan triangle below a little cyan triangle on a navy ground",
+    "a circle in the middle",
+    "a picture of a green triangle",
 ]
 GOLDEN_INSTRUCTIONS = [
-    "shift the small blue square in the top half to the top right",
+    "move the small blue shape at the bottom left somewhere else",
     "give the picture another background",
     "insert a shape",
 ]
-GOLDEN_THING = (0.158466, 0.365881, 0.769296)
+GOLDEN_THING = (0.158466219, 0.446352455, 0.788638819)
 SIZE_WORDS = {"small": "small", "little": "small", "large": "large", "big": "large"}
 
 

@@ -13,6 +13,7 @@ import pytest
 from commands import ROOT
 
 from configs.shapes import autoencoder, phase1_t2i, phase3_joint
+from dreamlite_jax import tiny
 from dreamlite_jax.data import transforms
 from dreamlite_jax.data.mixture import MixtureError
 from dreamlite_jax.models import unet
@@ -145,18 +146,25 @@ def missing_of(config) -> set[str]:
     """The folders that a config names."""
     entries = (*config.data, *config.validation)
     named = {entry["source"] for entry in entries if not entry["source"].startswith("shapes:")}
-    return {*named, config.init_from, config.model} - {"", "tiny"}
+    return {*named, config.init_from, config.model} - {"", *tiny.PRESETS}
+
+
+@pytest.fixture(scope="module")
+def presets(cache, tmp_path_factory):
+    """The presets' model directories, made once."""
+    shapes = tmp_path_factory.mktemp("presets") / "shapes"
+    return {"tiny": cache / "model", "shapes": tiny.tiny_model_dir(shapes, preset="shapes")}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=str)
-def test_every_folder_that_is_missing_is_named_at_once(file, cache, monkeypatch, tmp_path):
+def test_every_folder_that_is_missing_is_named_at_once(file, presets, monkeypatch, tmp_path):
     """Of every config as it stands; all else about it is fine. Those of the shapes world miss at
     most the run before."""
     monkeypatch.chdir(tmp_path)
     config = config_of(file)
     missing = missing_of(config)
-    if config.model == "tiny":
-        config.model = str(cache / "model")
+    if config.model in presets:
+        config.model = str(presets[config.model])
     if missing:
         problems = error_of(config, tmp_path / "run").split("; ")
         assert len(problems) == len(missing), problems
