@@ -29,7 +29,7 @@ def test_the_quick_demo(cache, tmp_path):
     while process.poll() is None and not (done / "autoencoder.json").is_file():
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=300)[0]
+    said = process.communicate(timeout=900)[0]
     assert process.returncode == 75, said
     assert "the same command goes on" in said
     before = (done / "autoencoder.json").read_bytes()

@@ -192,8 +192,8 @@ def test_a_stopped_run_goes_on(how, workers, many, tmp_path, capsys):
         os.killpg(process.pid, how)  # as a terminal does
     else:
         process.send_signal(how)
-    _, err = process.communicate(timeout=30)
-    psutil.wait_procs(children, timeout=10)
+    _, err = process.communicate(timeout=180)
+    psutil.wait_procs(children, timeout=60)
     assert not any(child.is_running() for child in children)
     done = finished_parts(out)
     assert 3 <= done < 24 and not (out / "index.json").exists()
@@ -217,7 +217,7 @@ def test_an_interruption_while_workers_start(many, tmp_path):
     until(lambda: len(workers_of(process)) == 2, process)
     time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 130
     assert re.fullmatch(r"\d of 24 parts are finished; .*\ninterrupted\n", err), err
 
@@ -240,7 +240,7 @@ def test_a_worker_that_dies_is_one_line(many, tmp_path):
     process = started(many / "source", tmp_path / "out", "--shard_size=1", "--workers=2")
     until(lambda: finished_parts(tmp_path / "out") >= 1, process)
     workers_of(process)[0].kill()
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 2
     assert err.startswith("error: a worker process ended abruptly") and err.count("\n") == 1
 

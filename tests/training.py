@@ -47,7 +47,7 @@ def run(config: str, workdir: Path, cache: Path, *flags: str, code: int = 0, **k
     """The same to its end; returns what it says."""
     process = start(config, workdir, cache, *flags, **kw)
     try:
-        found = process.wait(300)
+        found = process.wait(900)
     finally:
         process.kill()
     said = Path(f"{workdir}.0.log").read_text()
@@ -69,7 +69,7 @@ def run_together(config: str, workdir: Path, cache: Path, *flags: str, processes
         for k in range(processes)
     ]
     try:
-        codes = [process.wait(300) for process in started]
+        codes = [process.wait(900) for process in started]
     finally:
         for process in started:
             process.kill()
