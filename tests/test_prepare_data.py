@@ -345,7 +345,7 @@ def test_every_reader_is_parallel_and_silent(tmp_path):
     foreign.write_parquet(tmp_path / "b.parquet", foreign.pairs())
     source = ",".join(str(tmp_path / name) for name in ("folder", "a.tar", "b.parquet"))
     process = started(source, tmp_path / "out", "--workers=2")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (0, "")
     assert out.splitlines()[0] == f"{tmp_path / 'out'}: 15 pairs kept of 15 samples"
     shards = PreparedSet(tmp_path / "out").index["shards"]
