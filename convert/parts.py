@@ -3,7 +3,7 @@
 from convert import graphs
 from dreamlite_jax import pretrained, system, tiny
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.models import unet
+from dreamlite_jax.models import unet_config
 from dreamlite_jax.models.autoencoder import TAESDXL
 from dreamlite_jax.models.qwen3_vl.config import QWEN3_VL_2B
 
@@ -51,8 +51,8 @@ def part(
 def random_config(preset: str) -> system.Config:
     """The configuration of a U-Net's preset with the networks that belong to it."""
     if preset == "dreamlite":
-        return system.Config(unet.DREAMLITE, TAESDXL, QWEN3_VL_2B, mobile=True)
-    return tiny.config(mobile=True)._replace(unet=unet.PRESETS[preset])
+        return system.Config(unet_config.DREAMLITE, TAESDXL, QWEN3_VL_2B, mobile=True)
+    return tiny.config(mobile=True)._replace(unet=unet_config.PRESETS[preset])
 
 
 def checked_size(config: system.Config, height: int | None, width: int | None) -> tuple[int, int]:

@@ -22,8 +22,7 @@ from convert import manifest, phone
 from convert.litert import ACCELERATORS, PRECISIONS, StillCompilingError
 from dreamlite_jax import cli
 from dreamlite_jax.data.pictures import read_picture, replaced_file, write_png
-
-TRY_AGAIN = 75  # exit code: shaders compiled for too long, but are kept for the next attempt
+from dreamlite_jax.train import signals
 
 BUNDLE = flags.DEFINE_string("bundle", None, "folder of the bundle", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "what to draw, or how to edit --image")
@@ -91,7 +90,7 @@ def many(bundle: phone.Bundle) -> None:
             print(f"{k + 1}/{n} pictures", flush=True)
     except StillCompilingError as error:
         print(f"{error}", file=sys.stderr, flush=True)
-        os._exit(TRY_AGAIN)
+        os._exit(signals.EXIT_TO_RESUME)  # the shaders that are compiled are kept
     with replaced_file(OUT.value) as stream:
         np.savez_compressed(stream, images=np.stack(images), seconds=np.array(seconds))
     sys.stdout.flush()

@@ -27,10 +27,12 @@ from convert.parts import (
     random_config,
 )
 from dreamlite_jax import cli, pretrained, system
-from dreamlite_jax.models import unet
+from dreamlite_jax.models import unet_config
 
 MODEL = flags.DEFINE_string("model", None, "model directory (diffusers layout)")
-RANDOM = flags.DEFINE_enum("random", None, list(unet.PRESETS), "random weights of a preset instead")
+RANDOM = flags.DEFINE_enum(
+    "random", None, list(unet_config.PRESETS), "random weights of a preset instead"
+)
 OUT = flags.DEFINE_string("out", None, "folder for the files", required=True)
 HEIGHT = flags.DEFINE_integer("height", None, "pixels; default: the model's own")
 WIDTH = flags.DEFINE_integer("width", None, "pixels; default: the model's own")

@@ -138,7 +138,9 @@ def generate(
     """
     config, params = system.config, system.params
     mode = GENERATE if sources is None else EDIT
-    nulls = [] if config.mobile else [settings.negative_prompt] * len(requests)
+    scales = {settings.guidance} | ({settings.image_guidance} if sources is not None else set())
+    guided = not config.mobile and scales != {1}  # by 1 is by nothing
+    nulls = [settings.negative_prompt] * len(requests) if guided else []
     texts = [*(prompts.tagged(mode, prompt) for prompt in requests), *nulls]
     images = None if sources is None else [*sources, *(sources if nulls else ())]
     keys = [(text, None if images is None else id(images[i])) for i, text in enumerate(texts)]

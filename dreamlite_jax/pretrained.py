@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.models import autoencoder, unet
+from dreamlite_jax.models import autoencoder, unet, unet_config
 from dreamlite_jax.models.qwen3_vl import config as qwen_config
 from dreamlite_jax.models.qwen3_vl import model as qwen_model
 
@@ -109,7 +109,7 @@ class Component(NamedTuple):
     ignored: str = r"(?!)"  # regex of tensors in the file that the network has no use for
 
 
-def _unet_example(config: unet.UNetConfig) -> tuple:
+def _unet_example(config: unet_config.UNetConfig) -> tuple:
     side = 2 ** (config.levels - 1)
     return (
         jnp.zeros((1, side, 2 * side, config.in_channels)),
@@ -124,7 +124,9 @@ def _autoencoder_example(config: autoencoder.AutoencoderConfig) -> tuple:
     return (jnp.zeros((1, config.factor, config.factor, config.in_channels)),)
 
 
-UNET = Component("unet", "diffusion_pytorch_model", unet.UNetConfig, unet.UNet, _unet_example)
+UNET = Component(
+    "unet", "diffusion_pytorch_model", unet_config.UNetConfig, unet.UNet, _unet_example
+)
 AUTOENCODER = Component(
     "vae",
     "diffusion_pytorch_model",

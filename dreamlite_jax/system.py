@@ -33,7 +33,8 @@ from dreamlite_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dreamlite_jax.models.primitives import PLAIN, Primitives
 from dreamlite_jax.models.qwen3_vl.config import Qwen3VLConfig
 from dreamlite_jax.models.qwen3_vl.model import Qwen3VL
-from dreamlite_jax.models.unet import UNet, UNetConfig
+from dreamlite_jax.models.unet import UNet
+from dreamlite_jax.models.unet_config import UNetConfig
 from dreamlite_jax.pretrained import ModelDirectoryError, Params
 
 PIPELINES = {False: "DreamLitePipeline", True: "DreamLiteMobilePipeline"}  # by Config.mobile

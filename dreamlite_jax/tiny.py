@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamlite_jax import pretrained, system
 from dreamlite_jax.data import prompts, shapes
-from dreamlite_jax.models import autoencoder, unet
+from dreamlite_jax.models import autoencoder, unet_config
 from dreamlite_jax.models.qwen3_vl import config as qwen3_vl
 
 # Qwen's special tokens in the order of their ids, which the tiny encoder's config knows; 256 bytes
@@ -60,7 +60,7 @@ def config(mobile: bool = False, preset: str = "tiny") -> system.Config:
     """The networks of a preset together; the encoder's vocabulary has room for `tokenizer`."""
     if preset == "shapes":
         return system.Config(
-            unet=unet.SHAPES,
+            unet=unet_config.SHAPES,
             vae=autoencoder.SHAPES,
             text_encoder=qwen3_vl.SHAPES,
             drop=prompts.drop_counts(tokenizer(preset)),
@@ -70,7 +70,7 @@ def config(mobile: bool = False, preset: str = "tiny") -> system.Config:
     encoder = qwen3_vl.TINY
     text = dataclasses.replace(encoder.text, vocab_size=VOCAB_SIZE)
     return system.Config(
-        unet=unet.TINY,
+        unet=unet_config.TINY,
         vae=autoencoder.TINY,
         text_encoder=dataclasses.replace(encoder, text=text),
         drop=prompts.drop_counts(tokenizer()),

@@ -29,7 +29,7 @@ from dreamlite_jax import cli, pretrained, system
 from dreamlite_jax.data import pipeline
 from dreamlite_jax.data.mixture import EDIT
 from dreamlite_jax.data.prompts import DropCounts
-from dreamlite_jax.models import autoencoder, unet
+from dreamlite_jax.models import autoencoder, unet_config
 from dreamlite_jax.models.primitives import PLAIN
 from dreamlite_jax.objectives import dmd2
 from dreamlite_jax.train import checks, costs, distillation, loop, optim, sharding, stages
@@ -122,9 +122,9 @@ def topology(name: str) -> list[Any]:
 def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
     """The step of a config, shapes of its arguments on the mesh, and the FLOPs of its gradient."""
     settings = train_config.settings_of(train_config.STAGES[raw.stage], raw.loss, "loss")
-    network = unet.PRESETS.get(raw.unet or "dreamlite")
+    network = unet_config.PRESETS.get(raw.unet or "dreamlite")
     if network is None:
-        raise cli.CommandError(f"unet is {raw.unet!r}, known are {', '.join(unet.PRESETS)}")
+        raise cli.CommandError(f"unet is {raw.unet!r}, known are {', '.join(unet_config.PRESETS)}")
     network = type(network).from_dict({**network.to_dict(), **raw.overrides.to_dict()})
     config = system.Config(
         unet=network,

@@ -169,17 +169,7 @@ def evaluated(cell: Cell, model: system.System | None, asked: Any) -> dict[str, 
         if variant.inputs:
             write_inputs(cell, model, given, side)
     found = shapes.verdicts(images, given)
-    arrays = {
-        "images": images,
-        "prompts": np.array([case.prompt for case in given]),
-        "kinds": np.array([case.kind for case in given]),
-        "targets": np.stack([case.target for case in given]),
-        "exact": np.array([v.exact for v in found]),
-        "score": np.array([v.score for v in found], np.float32),
-    }
-    if cell.task == mixture.EDIT:
-        arrays["sources"] = np.stack([case.source for case in given])
-    write_arrays(cell.file(".npz"), arrays)
+    write_arrays(cell.file(".npz"), shapes.arrays(images, found, given))
     sheet(cell, images, given, found)
     return {
         "variant": variant.name,

@@ -60,9 +60,7 @@ def main() -> None:
         Path(WORKDIR.value),
         train_config.meta_of(run),
         lambda saved: train_config.check_resumed(run, saved),
-        train_config.flops_of_step(run)
-        if metrics.peak_flops() and not (run.rl or run.distill)
-        else None,
+        train_config.flops_of_step(run) if metrics.peak_flops() else None,
     )
     if not done:
         sys.exit(signals.EXIT_TO_RESUME)

@@ -59,18 +59,8 @@ def write_cell(folder, variant, task, split, n, side, right, rng) -> None:
         if rng.random() > right:
             images[k] = images[(k + 1) % n]
     found = shapes.verdicts(images, given)
-    arrays = {
-        "images": images,
-        "prompts": np.array([case.prompt for case in given]),
-        "kinds": np.array([case.kind for case in given]),
-        "targets": np.stack([case.target for case in given]),
-        "exact": np.array([v.exact for v in found]),
-        "score": np.array([v.score for v in found], np.float32),
-    }
-    if task == "edit":
-        arrays["sources"] = np.stack([case.source for case in given])
     place = folder / "scores" / variant / f"{task}_{split}"
-    write_arrays(place.with_suffix(".npz"), arrays)
+    write_arrays(place.with_suffix(".npz"), shapes.arrays(images, found, given))
     diverse = 0.21 if variant in ("rl", "teacher_4step", "distilled") else None
     write_json(place.with_suffix(".json"), shapes.summary(found, given) | {"diversity": diverse})
 

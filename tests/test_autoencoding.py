@@ -7,7 +7,7 @@ import pytest
 
 from dreamlite_jax import pretrained, system
 from dreamlite_jax.data import pictures, shapes
-from dreamlite_jax.models import autoencoder, unet
+from dreamlite_jax.models import autoencoder, unet_config
 from dreamlite_jax.models.qwen3_vl import config as qwen3_vl
 from dreamlite_jax.objectives import autoencoding
 from dreamlite_jax.objectives.autoencoding import Settings
@@ -90,7 +90,7 @@ def test_what_is_wrong_with_settings():
 def test_one_picture_is_learnt_by_heart():
     """Two shapes by the smallest TAESD in 200 steps. At 16 dB it knows the ground alone: that is
     where too high a learning rate leaves it."""
-    config = system.Config(unet.NANO, autoencoder.TINY, qwen3_vl.TINY)
+    config = system.Config(unet_config.NANO, autoencoder.TINY, qwen3_vl.TINY)
     scene = shapes.sample_t2i(shapes.DEMO, "all", 0, 4).scene
     target = pictures.to_floats(shapes.render(scene, 32, 32))[None]
     params = {"vae": pretrained.init_params(pretrained.AUTOENCODER, config.vae, 0)}

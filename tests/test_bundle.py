@@ -13,7 +13,7 @@ from PIL import Image
 
 from convert import flatbuffer, manifest, parts
 from dreamlite_jax import pretrained, tiny
-from dreamlite_jax.models import unet
+from dreamlite_jax.models import unet_config
 
 pytestmark = pytest.mark.e2e
 
@@ -24,8 +24,8 @@ LENGTHS = ("--text_lengths=300", "--prompt_length=60")
 def nano_model(folder, mobile):
     """A random model directory with the smallest U-Net."""
     tiny.tiny_model_dir(folder, seed=3, mobile=mobile)
-    params = tiny.random_params(pretrained.UNET, unet.NANO, 3)
-    pretrained.write(folder, pretrained.UNET, unet.NANO, params)
+    params = tiny.random_params(pretrained.UNET, unet_config.NANO, 3)
+    pretrained.write(folder, pretrained.UNET, unet_config.NANO, params)
     return folder
 
 

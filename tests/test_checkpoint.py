@@ -22,6 +22,7 @@ import pytest
 
 from dreamlite_jax.train import checkpoint
 from dreamlite_jax.train.checkpoint import CheckpointError
+from dreamlite_jax.train.checksums import checksums
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,7 +139,7 @@ def test_checksums_see_every_bit_and_the_order():
     values = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
 
     def checksum(array):
-        return checkpoint._checksums({"x": jnp.asarray(array)})["x"]
+        return checksums({"x": jnp.asarray(array)})["x"]
 
     for bit in range(0, values.nbytes * 8, 37):
         flipped = bytearray(values.tobytes())

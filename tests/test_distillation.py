@@ -2,9 +2,6 @@
 configured. Most tests have toy networks of a few numbers in the places of the real ones."""
 
 import functools
-import os
-import subprocess
-import sys
 import types
 
 import commands
@@ -19,7 +16,7 @@ from configs.shapes import distill_dmd2
 from dreamlite_jax import system, tiny
 from dreamlite_jax.data import transforms
 from dreamlite_jax.diffusion import flow, sampling
-from dreamlite_jax.models.unet import NANO
+from dreamlite_jax.models.unet_config import NANO
 from dreamlite_jax.objectives import dmd2, flow_matching
 from dreamlite_jax.system import Condition, Texts
 from dreamlite_jax.train import checkpoint, distillation, loop, sharding, stages
@@ -340,14 +337,6 @@ def test_a_student_becomes_a_mobile_model_and_no_teacher(cache, tmp_path):
     assert not again.exists() or checkpoint.latest_step(again) is None
 
 
-_DEVICES = """
-import sys
-sys.path[:0] = ["tests"]
-import test_distillation as toy
-toy.on_devices(8)
-"""
-
-
 def on_devices(count):
     """Run by a process that has them: five steps on one device and on all, with rows and a kernel
     spread over these, are the same."""
@@ -389,15 +378,4 @@ def mixing_velocity(config, params, xt, sigma, at):
 
 
 def test_8_devices_as_one():
-    done = subprocess.run(
-        [sys.executable, "-c", _DEVICES],
-        cwd=commands.ROOT,
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "JAX_PLATFORMS": "cpu",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    training.on_devices("test_distillation")

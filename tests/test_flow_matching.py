@@ -15,7 +15,7 @@ from scipy import stats
 from dreamlite_jax import system
 from dreamlite_jax.data import transforms
 from dreamlite_jax.diffusion import flow
-from dreamlite_jax.models import autoencoder, unet
+from dreamlite_jax.models import autoencoder, unet_config
 from dreamlite_jax.models.qwen3_vl import config as qwen3_vl
 from dreamlite_jax.objectives import flow_matching
 from dreamlite_jax.objectives.flow_matching import Settings
@@ -214,7 +214,7 @@ BATCH = {
     "time_ids": np.tile(np.float32([W * 8, H * 8]), (B, 1)),
 }
 CONFIG = system.Config(
-    unet.NANO, autoencoder.TINY, qwen3_vl.TINY, shift=flow.ResolutionShift(0.3, 2.0, 4, 20)
+    unet_config.NANO, autoencoder.TINY, qwen3_vl.TINY, shift=flow.ResolutionShift(0.3, 2.0, 4, 20)
 )
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from dreamlite_jax import pretrained, system
-from dreamlite_jax.models import autoencoder, unet
+from dreamlite_jax.models import autoencoder, unet_config
 from dreamlite_jax.objectives import flow_matching
 from dreamlite_jax.train import loop, metrics, optim, stages
 from dreamlite_jax.train.state import new_state
@@ -79,7 +79,7 @@ def test_a_network_learns_one_batch_by_heart():
     it sees, and to tell the rows apart."""
     rng, rows, side = np.random.default_rng(0), 4, 8
     network = dataclasses.replace(
-        unet.NANO,
+        unet_config.NANO,
         down_block_types=("DreamLiteCrossAttnDownBlock2D",),
         up_block_types=("DreamLiteUpBlock2D",),
         block_out_channels=(32,),

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from dreamlite_jax import pretrained
 from dreamlite_jax.models.autoencoder import TINY as TINY_AUTOENCODER
 from dreamlite_jax.models.qwen3_vl.config import TINY as TINY_ENCODER
-from dreamlite_jax.models.unet import NANO, TINY
+from dreamlite_jax.models.unet_config import NANO, TINY
 from dreamlite_jax.pretrained import AUTOENCODER, TEXT_ENCODER, UNET, ModelDirectoryError
 from dreamlite_jax.tiny import random_params
 

@@ -5,9 +5,6 @@ Most tests have toy networks of a few numbers in the places of the real ones.
 
 import functools
 import math
-import os
-import subprocess
-import sys
 import types
 
 import commands
@@ -22,7 +19,7 @@ from configs.shapes import rl_grpo
 from dreamlite_jax import system, tiny
 from dreamlite_jax.data import transforms
 from dreamlite_jax.diffusion import flow
-from dreamlite_jax.models import unet
+from dreamlite_jax.models import unet_config
 from dreamlite_jax.objectives import grpo
 from dreamlite_jax.pretrained import UNET
 from dreamlite_jax.rewards import opening
@@ -241,7 +238,7 @@ def test_several_updates_of_a_rollout_are_several_updates(toy):
 # The mean over a row's 256 latents of z dv (sigma - after) / std, with dv of that size and random
 # signs, is 2e-4; four times that is the bound. (Of float32 a run of the command says it, below.)
 def test_the_ratio_of_a_network_in_bfloat16_on_the_first_update(monkeypatch):
-    network, dtype, bound = unet.NANO, jnp.bfloat16, 1e-3
+    network, dtype, bound = unet_config.NANO, jnp.bfloat16, 1e-3
     config = system.Config(network, None, None, dtype=dtype)
     width = network.context_dim
 
@@ -430,15 +427,7 @@ def test_a_run_whose_rewards_go_away_ends_as_one_that_was_not_disturbed(
 
     out = tmp_path / "model"
     assert commands.run("convert.export", f"--workdir={whole}", f"--out={out}") == 0
-    assert system.load(out).config.unet == unet.NANO
-
-
-_DEVICES = """
-import sys
-sys.path[:0] = ["tests"]
-import test_reinforcement as toy
-toy.on_devices(8)
-"""
+    assert system.load(out).config.unet == unet_config.NANO
 
 
 def on_devices(count):
@@ -501,15 +490,4 @@ def mixing_velocity(config, params, xt, sigma, at):
 
 
 def test_8_devices():
-    found = subprocess.run(
-        [sys.executable, "-c", _DEVICES],
-        cwd=commands.ROOT,
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "JAX_PLATFORMS": "cpu",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
+    training.on_devices("test_reinforcement")

@@ -103,6 +103,29 @@ def test_edits_share_a_compilation_too(models, tmp_path):
     assert first[1] == 1 and max(first) == 1 and second == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("edit", [False, True])
+def test_guidance_of_1_costs_nothing(edit, models, tmp_path, monkeypatch):
+    """The picture is a mobile model's, and no null text is encoded for it."""
+    encoded, encode = [], generation.encode_prompts
+
+    def watching(model, mode, texts, *rest):
+        encoded.append(texts)
+        return encode(model, mode, texts, *rest)
+
+    monkeypatch.setattr(generation, "encode_prompts", watching)
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "source.png")
+    given = ["--prompt=a hat", *SIZE, *([f"--image={tmp_path / 'source.png'}"] if edit else [])]
+    ones = {"base": ["--guidance=1", "--image_guidance=1"], "mobile": []}
+    for kind, flags in ones.items():
+        if not edit:
+            flags = flags[:1]
+        out = f"--out={tmp_path / f'{kind}.png'}"
+        assert run("sample", f"--model={models[kind]}", *given, *flags, out) == 0
+    base, mobile = (np.asarray(Image.open(tmp_path / f"{kind}.png")) for kind in ones)
+    np.testing.assert_array_equal(base, mobile)
+    assert [len(texts) for texts in encoded] == [1, 1]
+
+
 def test_pictures_follow_prompt_and_seed(boats):
     pictures = [np.asarray(Image.open(f), int) for f in sorted((boats[0] / "out").iterdir())]
     for i, a in enumerate(pictures):

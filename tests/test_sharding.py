@@ -13,7 +13,7 @@ from commands import ROOT
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dreamlite_jax import pretrained
-from dreamlite_jax.models import autoencoder, unet
+from dreamlite_jax.models import autoencoder, unet_config
 from dreamlite_jax.models.primitives import PLAIN
 from dreamlite_jax.train import sharding
 from dreamlite_jax.train.optim import path_name
@@ -68,7 +68,7 @@ def test_the_first_rule_decides():
 
 @pytest.mark.parametrize(
     "component, config",
-    [(pretrained.UNET, unet.DREAMLITE), (pretrained.AUTOENCODER, autoencoder.TAESDXL)],
+    [(pretrained.UNET, unet_config.DREAMLITE), (pretrained.AUTOENCODER, autoencoder.TAESDXL)],
 )
 def test_released_networks_are_spread_nearly_whole(component, config):
     """On 32 devices: all but biases, norms, and kernels with few input channels."""
@@ -117,14 +117,14 @@ TRAINED = """
     import dataclasses, json, re, sys
     import jax, numpy as np
     from dreamlite_jax import pretrained, system
-    from dreamlite_jax.models import autoencoder, unet
+    from dreamlite_jax.models import autoencoder, unet_config
     from dreamlite_jax.models.qwen3_vl import config as qwen3_vl
     from dreamlite_jax.objectives import flow_matching
     from dreamlite_jax.train import loop, optim, sharding, stages
 
     ROWS, rng = 40, np.random.default_rng(0)
     SMALL = dataclasses.replace(
-        unet.NANO, down_block_types=("DreamLiteDownBlock2D",), attention_head_dim=(2,),
+        unet_config.NANO, down_block_types=("DreamLiteDownBlock2D",), attention_head_dim=(2,),
         up_block_types=("DreamLiteCrossAttnUpBlock2D",), transformer_layers_per_block=(1,),
         block_out_channels=(16,))
 

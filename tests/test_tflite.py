@@ -15,10 +15,10 @@ from jax import lax
 from convert import flatbuffer, forms, lowering, manifest, parts, phone, quantize, verify
 from convert.lowering import Graph, Tensor
 from dreamlite_jax import system, tiny
-from dreamlite_jax.models import blocks, unet
+from dreamlite_jax.models import blocks, unet_config
 from dreamlite_jax.models.primitives import PLAIN
 
-CONFIG = tiny.config(mobile=True)._replace(unet=unet.NANO)
+CONFIG = tiny.config(mobile=True)._replace(unet=unet_config.NANO)
 SIZE = (64, 32)  # no square, so that height and width cannot be confused
 LENGTHS = (12, 20)
 

@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from dreamlite_jax import pretrained
-from dreamlite_jax.models import flash, fused_depthwise, primitives, tpu, unet
+from dreamlite_jax.models import flash, fused_depthwise, primitives, tpu, unet, unet_config
 from dreamlite_jax.models.primitives import PLAIN
 
 # Both compute in float32 and differ by the order of sums over a few hundred values.
@@ -130,7 +130,7 @@ def test_shapes_that_the_kernels_do_not_take():
 
 def test_a_network_is_the_same_on_both():
     """The same parameters by the same paths; the same velocity."""
-    config, (b, h, w, tokens) = unet.NANO, (1, 16, 32, 5)
+    config, (b, h, w, tokens) = unet_config.NANO, (1, 16, 32, 5)
     sample, context = normal(3, (b, h, w, config.in_channels), (b, tokens, config.context_dim))
     mask, time_ids = jnp.arange(tokens)[None] < 3, jnp.full((b, 2), 128.0)
     inputs = sample, jnp.full((b,), 500.0), context, mask, time_ids

@@ -16,7 +16,7 @@ from configs.shapes import autoencoder, phase1_t2i, phase3_joint
 from dreamlite_jax import tiny
 from dreamlite_jax.data import transforms
 from dreamlite_jax.data.mixture import MixtureError
-from dreamlite_jax.models import unet
+from dreamlite_jax.models import unet_config
 from dreamlite_jax.train import checkpoint, optim, stages
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train.config import ConfigError, settings_of
@@ -194,7 +194,7 @@ def test_a_tiny_model_is_made_in_the_workdir(quick, tmp_path):
     config.model = "tiny"
     run = train_config.opened(config, tmp_path / "run")
     assert run.model_dir == tmp_path / "run" / "tiny_model" and run.model_dir.is_dir()
-    assert run.config.unet == unet.NANO  # the config's own preset, not the model's
+    assert run.config.unet == unet_config.NANO  # the config's own preset, not the model's
 
 
 # --- What is wrong --------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict
 
 from dreamlite_jax import pretrained
 from dreamlite_jax.models.primitives import PLAIN
-from dreamlite_jax.models.unet import DREAMLITE, TINY, UNet, UNetConfig
+from dreamlite_jax.models.unet import UNet
+from dreamlite_jax.models.unet_config import DREAMLITE, TINY, UNetConfig
 from dreamlite_jax.tiny import random_params
 
 SMALL = dataclasses.replace(

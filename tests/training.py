@@ -105,3 +105,17 @@ def assert_close(found: list[dict], expected: list[dict]) -> None:
                 # NaN: the mean of no row.
                 wanted = pytest.approx(float(theirs[name]), rel=RTOL, nan_ok=True)
                 assert float(ours[name]) == wanted, name
+
+
+def on_devices(module: str, count: int = 8) -> None:
+    """Calls `on_devices(count)` of a module of the tests in a process that has so many."""
+    code = f"import sys; sys.path[:0] = ['tests']; import {module}; {module}.on_devices({count})"
+    devices = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **devices, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

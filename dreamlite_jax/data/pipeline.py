@@ -46,8 +46,7 @@ class Batch(QwenInputs, total=False):
     target: NotRequired[np.ndarray]  # float32 [B, H, W, 3] in [-1, 1]
     source: NotRequired[np.ndarray]  # likewise; only with edits, 0 for T2I
     drop: NotRequired[np.ndarray]  # int32 [B], tokens of the template's prefix
-    # `null_input_ids`, `null_drop`, ...: the same of the null text, for guidance (`with_null`);
-    # of precomputed samples `null_context` and `null_context_mask`
+    # `null_...` (`null_input_ids`, `null_context`): those of the null text, with `with_null`
 
     target_latents: NotRequired[np.ndarray]  # float32 [B, h, w, c]
     source_latents: NotRequired[np.ndarray]  # likewise; only with edits, 0 for T2I
@@ -431,8 +430,7 @@ def _contexts(
 ) -> dict[str, np.ndarray]:
     """Encoded texts [n, F] of every row as `context` and `context_mask`."""
     shape = (len(contexts), recipe.context_length)
-    context = np.zeros((*shape, contexts[0].shape[1]), np.float32)
-    mask = np.zeros(shape, bool)
+    context, mask = np.zeros((*shape, contexts[0].shape[1]), np.float32), np.zeros(shape, bool)
     for b, (source, own) in enumerate(zip(sources, contexts, strict=True)):
         n = min(len(own), recipe.length - source.drop)  # what is left of a tokenised row
         context[b, :n], mask[b, :n] = own[:n], True

@@ -31,8 +31,7 @@ TAGS = {
 }
 
 IMAGE_PAD = "<|image_pad|>"
-# The encoder's view of a source image, whatever the picture's own size, in pixels: of a released
-# model's.
+# The side in pixels at which a released model's encoder sees a source image of any size.
 IMAGE_SIDE = 512
 SEEN = (IMAGE_SIDE, IMAGE_SIDE)
 

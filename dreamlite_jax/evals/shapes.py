@@ -103,12 +103,9 @@ def pictures(
     """What a model makes of cases of one task: uint8 [N, S, S, 3].
 
     Args:
-      settings: with guidance 1 and image guidance 1 the model is asked once a step instead of two
-        or three times, as a mobile one is.
+      settings: as `generation.generate` resolves them.
       on_picture: is called after each.
     """
-    if settings.guidance == 1 and settings.image_guidance in (1, None):
-        model = model._replace(config=model.config._replace(mobile=True))
     side = settings.height or model.config.default_side
     settings = settings._replace(height=side, width=side)
     settings = generation.resolve(settings, model.config)
@@ -130,6 +127,24 @@ def verdicts(images: Sequence[np.ndarray], given: Sequence[Case]) -> list[Verdic
         Verdict(j.exact, j.score, shapes.sharpness(image), j.percept.doubts)
         for j, image in zip(judged, images, strict=True)
     ]
+
+
+def arrays(
+    images: np.ndarray, found: Sequence[Verdict], given: Sequence[Case]
+) -> dict[str, np.ndarray]:
+    """Pictures uint8 [N, S, S, 3] beside what was asked and what the judge says: `images`,
+    `prompts`, `kinds`, `targets`, `exact`, `score`, and of edits `sources`."""
+    out = {
+        "images": images,
+        "prompts": np.array([case.prompt for case in given]),
+        "kinds": np.array([case.kind for case in given]),
+        "targets": np.stack([case.target for case in given]),
+        "exact": np.array([v.exact for v in found]),
+        "score": np.array([v.score for v in found], np.float32),
+    }
+    if given[0].source is not None:
+        out["sources"] = np.stack([case.source for case in given])
+    return out
 
 
 def summary(found: Sequence[Verdict], given: Sequence[Case]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 Z = 1.959963984540054  # of the normal distribution, for 95 %
 
@@ -32,16 +33,13 @@ class Change(NamedTuple):
         return self.value + self.half
 
 
-def wilson(hits: int, n: int, z: float = Z) -> Share:
+def wilson(hits: int, n: int) -> Share:
     """`hits` of `n` with Wilson's score interval (1927), which holds near 0 and 1 and for small n
     too. Raises ValueError for n < 1 or hits outside of [0, n]."""
-    if not 0 <= hits <= n or n < 1:
-        raise ValueError(f"{hits} of {n} is no share")
-    p, z2 = hits / n, z * z
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    found = stats.binomtest(hits, n).proportion_ci(0.95, "wilson")
+    p = hits / n
     # Rounding may put an end of the interval on the wrong side of the share itself.
-    return Share(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
+    return Share(p, min(p, float(found.low)), max(p, float(found.high)))
 
 
 def change(before: Sequence[bool], after: Sequence[bool], z: float = Z) -> Change:

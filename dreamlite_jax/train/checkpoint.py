@@ -14,16 +14,12 @@ several hosts every process calls the functions here, in the same order; what on
 read, none uses.
 """
 
-import asyncio
 import contextlib
 import errno
 import hashlib
 import json
-import logging as std_logging
-import math
 import os
-import re
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -38,6 +34,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.train.checksums import checksums
+from dreamlite_jax.train.quiet import brief, first, hush_orbax
 
 FOLDER = "checkpoints"
 _STATE, _META = "state", "meta"  # the two folders of a checkpoint
@@ -77,7 +75,7 @@ def open_manager(
     """
     if keep < 1 or (keep_every is not None and keep_every < 1):
         raise ValueError(f"keep={keep}, keep_every={keep_every}: at least 1")
-    _hush_orbax()
+    hush_orbax()
     policies = [checkpoint_managers.LatestN(keep)]
     if keep_every:
         policies.append(checkpoint_managers.EveryNSteps(keep_every))
@@ -99,7 +97,7 @@ def open_manager(
         probe.unlink()
         manager = ocp.CheckpointManager(folder, options=options)
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot hold checkpoints ({_brief(error)})") from error
+        raise CheckpointError(f"{folder}: cannot hold checkpoints ({brief(error)})") from error
     try:
         yield manager
     except BaseException:
@@ -175,7 +173,7 @@ def _reported(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None
         if _is_full(error):
             message = f"the disk is full, checkpoint {step} was not written; {older}; make room"
         else:
-            message = f"checkpoint {step} was not written ({_brief(error)}); {older}"
+            message = f"checkpoint {step} was not written ({brief(error)}); {older}"
         raise CheckpointError(f"{folder}: {message}") from error
 
 
@@ -304,7 +302,7 @@ def _latest_readable(
         raise CheckpointError(f"{folder}: has no complete checkpoint {step} (it has {has})")
     if not steps:
         raise CheckpointError(f"{folder}: holds no complete checkpoint")
-    _hush_orbax()
+    hush_orbax()
     damaged, first = [], None
     for candidate in [step] if step is not None else reversed(steps):
         try:
@@ -353,13 +351,13 @@ def _read_arrays(path: epath.Path, record: Mapping[str, Any], wanted: Arrays) ->
         tree = ocp.PyTreeCheckpointHandler().restore(path / _STATE, args=arguments)
         arrays = flatten_dict(tree, sep="/")
         if missing := [name for name in wanted if not isinstance(arrays[name], jax.Array)]:
-            raise ValueError(f"missing: {_first(missing)}")
+            raise ValueError(f"missing: {first(missing)}")
         return {name: arrays[name] for name in wanted}
 
     arrays = _together(read)
-    wrong = [name for name, sum_ in _checksums(arrays).items() if sum_ != record[name][2]]
+    wrong = [name for name, sum_ in checksums(arrays).items() if sum_ != record[name][2]]
     if wrong:
-        raise _Damaged(f"not what was saved: {_first(wrong)}")
+        raise _Damaged(f"not what was saved: {first(wrong)}")
     return {
         name: jax.random.wrap_key_data(array, impl=_key_impl(wanted[name]))
         if _is_key(wanted[name])
@@ -380,7 +378,7 @@ def _compare(path: epath.Path, record: Mapping[str, Any], wanted: Arrays) -> Non
     if differ:
         raise CheckpointError(
             f"{path}: does not fit the model and optimizer of this run (checkpoint -> run): "
-            f"{_first(differ)}; use the settings it was saved with, or another workdir"
+            f"{first(differ)}; use the settings it was saved with, or another workdir"
         )
 
 
@@ -388,7 +386,7 @@ def _compare(path: epath.Path, record: Mapping[str, Any], wanted: Arrays) -> Non
 
 
 def _record(step: int, arrays: Arrays, meta: Mapping[str, Any]) -> dict[str, Any]:
-    sums = _checksums(_stored(arrays))
+    sums = checksums(_stored(arrays))
     rows = {name: [str(a.dtype), list(a.shape), sums[name]] for name, a in arrays.items()}
     # As it will be read: a tuple is a list then.
     content = json.loads(json.dumps({"step": step, "meta": dict(meta), "arrays": rows}))
@@ -404,7 +402,7 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
         record = ocp.JsonCheckpointHandler().restore(path / _META)
         digest = record.pop("sha256")
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise _Damaged(f"{_META}: {_brief(error)}") from error
+        raise _Damaged(f"{_META}: {brief(error)}") from error
     if digest != _digest(record):
         raise _Damaged(f"{_META}: not what was saved")
     return record
@@ -412,65 +410,6 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _checksums(arrays: Arrays) -> dict[str, int]:
-    """Of each array 32 bits that depend on all of its bits, and on nothing else.
-
-    Every device sums what it holds; the devices exchange nothing, as thousands of small programs
-    that do are slow on a pod and can wait for each other in vain on CPUs.
-    """
-    parts = [_parts(array) for array in arrays.values()]  # all dispatched, then read
-    sums = [sum(map(int, found)) % 2**32 for found in jax.device_get(parts)]
-    if jax.process_count() > 1:
-        sums = multihost_utils.process_allgather(np.array(sums, np.uint32)).sum(0, dtype=np.uint32)
-    return dict(zip(arrays, map(int, sums), strict=True))
-
-
-def _parts(array: jax.Array) -> list[jax.Array]:
-    """The checksums of this process's shards; of copies, only the first one's counts."""
-    shape = jax.eval_shape(_words, array).shape
-    strides = [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]
-    found = []
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:
-            starts = [
-                part.indices(size)[0] for part, size in zip(shard.index, array.shape, strict=True)
-            ]
-            starts += [0] * (len(shape) - len(starts))
-            found.append(_checksum(shard.data, np.array([starts, strides], np.uint32)))
-    return found
-
-
-@jax.jit
-def _checksum(part: jax.Array, place: jax.Array) -> jax.Array:
-    """Sum of the words times odd numbers that go up with their index in the array, modulo 2^32.
-
-    Addition modulo 2^32 knows no order, hence the sharding does not matter; a change of any one
-    word changes the sum, as an odd number has an inverse.
-
-    Args:
-      part: of an array.
-      place: uint32 [2, axes]; for each axis of its words, where the part starts, and the stride.
-    """
-    words = _words(part)
-    index = jnp.zeros(words.shape, jnp.uint32)
-    for axis in range(words.ndim):
-        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        index += (along + place[0, axis]) * place[1, axis]
-    return jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
-
-
-def _words(array: jax.Array) -> jax.Array:
-    """The bits of an array as uint32; 64-bit numbers and complex ones give two along new last
-    axes."""
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        array = jnp.stack([array.real, array.imag], -1)
-    if array.dtype == bool:
-        return array.astype(jnp.uint32)
-    info = jnp.finfo if jnp.issubdtype(array.dtype, jnp.floating) else jnp.iinfo
-    unsigned = f"uint{min(info(array.dtype).bits, 32)}"
-    return jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
 
 
 # --- Trees, paths, processes ----------------------------------------------------------------------
@@ -556,53 +495,5 @@ def _together(read: Callable[[], T]) -> T:
     if jax.process_count() > 1:
         failed = bool(multihost_utils.process_allgather(np.array(failed)).any())
     if failed:
-        raise _Damaged(_brief(problem) if problem else "another process cannot read it")
+        raise _Damaged(brief(problem) if problem else "another process cannot read it")
     return value
-
-
-def _first(names: list[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return "; ".join(names[:limit]) + more
-
-
-def _brief(error: BaseException) -> str:
-    """An exception in a few words of one line; TensorStore's say why at the end."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = re.sub(r" \[\w+='.*", "", " ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:80]} ... {text[-110:]}"
-
-
-# --- Quiet ----------------------------------------------------------------------------------------
-
-
-def _hush_orbax() -> None:
-    """Keeps off stderr what Orbax writes there of its progress and of errors, which we report."""
-    logger = std_logging.getLogger("absl")
-    if _not_orbax not in logger.filters:
-        logger.addFilter(_not_orbax)
-    with contextlib.suppress(ImportError):  # it is private; without it there is only more to read
-        from orbax.checkpoint._src import asyncio_utils
-
-        asyncio_utils._run_sync_via_new_loop = _run_to_the_end
-
-
-def _not_orbax(record: std_logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _run_to_the_end(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine in an event loop of its own, and what it has started if it fails.
-
-    Orbax closes the loop over the reads and writes of all other arrays when one fails, and each of
-    them leaves a traceback: thousands for a full disk or a damaged file.
-    """
-    loop = asyncio.new_event_loop()
-    try:
-        return loop.run_until_complete(coroutine)
-    except Exception:
-        if others := asyncio.all_tasks(loop):
-            loop.run_until_complete(asyncio.gather(*others, return_exceptions=True))
-        raise
-    finally:
-        loop.close()

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dreamlite_jax import precompute, pretrained, system, tiny
 from dreamlite_jax.data import pipeline, streams, transforms
 from dreamlite_jax.data.pipeline import Recipe
-from dreamlite_jax.models import blocks, unet
+from dreamlite_jax.models import blocks, unet_config
 from dreamlite_jax.models.primitives import PLAIN
 from dreamlite_jax.objectives import autoencoding, dmd2, flow_matching, grpo
 from dreamlite_jax.rewards import opening
@@ -240,11 +240,11 @@ def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
 
             multihost_utils.sync_global_devices("tiny model")
     config = system.read_config(model_dir, DTYPES.get(raw.dtype, jnp.float32))
-    if raw.unet and raw.unet not in unet.PRESETS:
+    if raw.unet and raw.unet not in unet_config.PRESETS:
         raise ConfigError(
-            f"unet is {raw.unet!r}, known are {', '.join(unet.PRESETS)}; or leave it empty"
+            f"unet is {raw.unet!r}, known are {', '.join(unet_config.PRESETS)}; or leave it empty"
         )
-    network = unet.PRESETS[raw.unet] if raw.unet else config.unet
+    network = unet_config.PRESETS[raw.unet] if raw.unet else config.unet
     network = type(network).from_dict({**network.to_dict(), **raw.overrides.to_dict()})
     vae = type(config.vae).from_dict({**config.vae.to_dict(), **raw.autoencoder.to_dict()})
     width, channels = config.text_encoder.text.hidden_size, vae.latent_channels
@@ -366,8 +366,11 @@ def make_loss(run: Run):
     return stages.diffusion_loss(run.config, run.recipe.context_length, run.loss)
 
 
-def flops_of_step(run: Run) -> float:
-    """What the mathematics of a step takes, without what is computed again."""
+def flops_of_step(run: Run) -> float | None:
+    """What the mathematics of a step takes, without what is computed again; None where a step is
+    more than the gradient of one loss on the data's rows."""
+    if run.rl or run.distill:
+        return None
     plain = run._replace(config=run.config._replace(remat="none", ops=PLAIN))
     shapes = {
         name: pretrained.param_shapes(system.NETWORKS[name], getattr(run.config, name))

@@ -5,10 +5,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 # What a run exits with that was asked to leave and has saved: EX_TEMPFAIL of sysexits.h, "try again
 # later"; the same command goes on from there. A run that is done exits with 0.
 EXIT_TO_RESUME = 75
@@ -53,6 +49,10 @@ def on_any_process(flag: bool) -> bool:
 
     On several hosts every process has to call this at the same steps, as it communicates.
     """
+    import jax  # here: commands without JAX are asked to leave, too
+    import numpy as np
+    from jax.experimental import multihost_utils
+
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.array(flag)).any())

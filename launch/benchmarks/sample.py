@@ -34,12 +34,12 @@ def _row(name: str, ours: Callable, theirs: Callable, arguments: dict) -> tuple:
 
 
 def _configs(preset: str) -> tuple[Any, Any, Any]:
-    from dreamlite_jax.models import autoencoder, unet
+    from dreamlite_jax.models import autoencoder, unet_config
     from dreamlite_jax.models.qwen3_vl import config as qwen3_vl
 
     if preset == "TINY":
-        return unet.TINY, autoencoder.TINY, qwen3_vl.TINY
-    return unet.DREAMLITE, autoencoder.TAESDXL, qwen3_vl.QWEN3_VL_2B
+        return unet_config.TINY, autoencoder.TINY, qwen3_vl.TINY
+    return unet_config.DREAMLITE, autoencoder.TAESDXL, qwen3_vl.QWEN3_VL_2B
 
 
 def _tokens(vocabulary: int) -> np.ndarray:

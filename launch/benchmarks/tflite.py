@@ -73,7 +73,7 @@ def _network(name: str) -> tuple[Any, Any]:
     from diffusers.utils import logging
 
     from dreamlite_jax.models.autoencoder import TAESDXL
-    from dreamlite_jax.models.unet import PRESETS
+    from dreamlite_jax.models.unet_config import PRESETS
 
     logging.set_verbosity_error()
     torch.set_num_threads(THREADS)

@@ -54,7 +54,7 @@ def jax_step(preset: str, batch: int, dtype: str) -> Callable[[], Any]:
 
     from dreamlite_jax import pretrained, system
     from dreamlite_jax.models import autoencoder
-    from dreamlite_jax.models.unet import PRESETS
+    from dreamlite_jax.models.unet_config import PRESETS
     from dreamlite_jax.objectives import flow_matching
     from dreamlite_jax.train import loop, optim, stages
     from dreamlite_jax.train.state import new_state
@@ -84,7 +84,7 @@ def torch_step(preset: str, batch: int, dtype: str) -> Callable[[], Any]:
     from diffusers import DreamLiteUNetModel
     from diffusers.utils import logging
 
-    from dreamlite_jax.models.unet import PRESETS
+    from dreamlite_jax.models.unet_config import PRESETS
 
     logging.set_verbosity_error()
     network = PRESETS[preset]

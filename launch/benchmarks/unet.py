@@ -59,7 +59,8 @@ def jax_step(preset: str, shape: tuple, dtype: str, backward: bool) -> Callable[
     import jax.numpy as jnp
 
     from dreamlite_jax import pretrained
-    from dreamlite_jax.models.unet import PRESETS, UNet
+    from dreamlite_jax.models.unet import UNet
+    from dreamlite_jax.models.unet_config import PRESETS
     from launch.benchmarks.weights import random_params
 
     config = PRESETS[preset]
@@ -83,7 +84,7 @@ def torch_step(
     from diffusers import DreamLiteUNetModel
     from diffusers.utils import logging
 
-    from dreamlite_jax.models.unet import PRESETS
+    from dreamlite_jax.models.unet_config import PRESETS
 
     logging.set_verbosity_error()
     config = PRESETS[preset]

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dreamlite_jax import cli
+from dreamlite_jax.train import signals
 from launch.files import read_json, write_json
 
-EXIT_TO_RESUME = 75  # as `train.signals`, which needs JAX
 TICK = 0.2  # seconds
 ATTEMPTS = 8  # of a step that leaves with 75 although nobody asked it to
 ROOT = Path(__file__).parent.parent.parent
@@ -62,7 +62,7 @@ def run_all(
     """
     (folder / "done").mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
-    with only_one(folder), asked_to_leave() as asked:
+    with only_one(folder), signals.asked_to_leave() as asked:
         progress = Progress(steps)
         for step in steps:
             if (seconds := finished(step, folder)) is not None:
@@ -97,7 +97,7 @@ def attempt(step, folder, asked, progress, show, runner) -> int:
         code = runner(
             step, list(step.arguments()), folder / "logs" / f"{step.name}.log", asked, on_line
         )
-        if code != EXIT_TO_RESUME or asked():
+        if code != signals.EXIT_TO_RESUME or asked():
             break
     return code
 
@@ -207,26 +207,6 @@ def only_one(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise cli.CommandError(f"{folder}: another demo is at work here") from error
         yield
-
-
-@contextlib.contextmanager
-def asked_to_leave() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether SIGTERM or SIGINT has come. The second one ends all at
-    once."""
-    came: list[int] = []
-
-    def handle(number: int, _) -> None:
-        if came:
-            os._exit(128 + number)
-        came.append(number)
-        os.write(2, b"\nsaves and leaves; once more to leave at once\n")
-
-    before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- Progress -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dreamlite_jax import cli
+from dreamlite_jax.train import signals
 from launch.demos import driver, summary
 from launch.demos.driver import Step
 from launch.files import read_json, write_json
@@ -20,6 +21,7 @@ class Stage(NamedTuple):
 
     config: str  # of configs/shapes/; also its run's name
     title: str
+    about: str  # for people who see it the first time
     seconds: float  # of the full demo on two cores, about
     variants: tuple[dict, ...] = ()  # of launch.evaluate; `model` is the run
 
@@ -30,17 +32,23 @@ STAGES = (
     Stage(
         "autoencoder",
         "Autoencoder",
-        180,
+        "Turns pictures into small latents and back. It sees every pair of shape and "
+        "colour, so that what is held out later tests the model and not the decoder.",
+        190,
     ),
     Stage(
         "phase1_t2i",
         "Text to image",
-        480,
+        "Learns to draw what a caption says, and to read captions on the way. Four pairs of "
+        "shape and colour are never shown.",
+        660,
         ({"name": "pretrain", "task": ["t2i"], **GUIDED},),
     ),
     Stage(
         "phase2_edit",
         "Editing",
+        "Learns to change one thing of a picture and leave the rest alone. Pixels that "
+        "change weigh more.",
         360,
         (
             {"name": "edit", "task": ["t2i"], **GUIDED},
@@ -50,18 +58,21 @@ STAGES = (
     Stage(
         "phase3_joint",
         "Both together",
+        "Both tasks in equal parts, which brings back what lessons on editing made it forget.",
         360,
         ({"name": "joint", **GUIDED},),
     ),
     Stage(
         "sft",
         "Fine-tuning",
+        "Few steps on a small, clean set, with the text encoder frozen.",
         120,
         ({"name": "sft", **GUIDED},),
     ),
     Stage(
         "rl_grpo",
         "Reinforcement learning",
+        "Draws a group of pictures for each prompt; those that the judge prefers become likelier.",
         300,
         (
             {"name": "rl", "diversity": 16, **GUIDED},
@@ -71,6 +82,7 @@ STAGES = (
     Stage(
         "distill_dmd2",
         "Distillation",
+        "A student learns to do in four steps, unguided, what its teacher does in 28 guided ones.",
         240,
     ),
 )
@@ -133,7 +145,7 @@ def run(plan: Plan, wanted: Sequence[Step]) -> None:
         driver.run_all(wanted, plan.folder, show)
     except driver.Interrupted:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(driver.EXIT_TO_RESUME)
+        sys.exit(signals.EXIT_TO_RESUME)
     finally:
         show.close()
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from dreamlite_jax.data.pictures import replaced_file
-from launch.demos import charts, summary
+from launch.demos import charts, plan, summary
 from launch.demos.charts import Curve, Measured
 from launch.demos.summary import NAMES, TASKS, VARIANTS
 from launch.files import read_json
@@ -26,37 +26,7 @@ Metrics = Mapping[str, Any]
 PAGE = Path(__file__).with_name("page.html")
 TITLE = "DreamLite on the shapes world"
 
-# What each stage is, for people who see it the first time; and the curves of its metrics.
-STAGES = {
-    "autoencoder": (
-        "Autoencoder",
-        "Turns pictures into small latents and back. It sees every pair of shape and colour, so "
-        "that what is held out later tests the model and not the decoder.",
-    ),
-    "phase1_t2i": (
-        "Text to image",
-        "Learns to draw what a caption says, and to read captions on the way. Four pairs of shape "
-        "and colour are never shown.",
-    ),
-    "phase2_edit": (
-        "Editing",
-        "Learns to change one thing of a picture and leave the rest alone. Pixels that change "
-        "weigh more.",
-    ),
-    "phase3_joint": (
-        "Both together",
-        "Both tasks in equal parts, which brings back what lessons on editing made it forget.",
-    ),
-    "sft": ("Fine-tuning", "Few steps on a small, clean set, with the text encoder frozen."),
-    "rl_grpo": (
-        "Reinforcement learning",
-        "Draws a group of pictures for each prompt; those that the judge prefers become likelier.",
-    ),
-    "distill_dmd2": (
-        "Distillation",
-        "A student learns to do in four steps, unguided, what its teacher does in 28 guided ones.",
-    ),
-}
+STAGES = {stage.config: stage for stage in plan.STAGES}
 TEACHING = {
     "rl": "teacher, 28 guided steps",
     "teacher_4step": "teacher, 4 unguided steps",
@@ -235,8 +205,8 @@ def road(folder: Path, found: Metrics) -> str:
         for name in order
     )
     items = "".join(
-        f"<li><b>{text(title)}<span>{clock(spans[name])}</span></b>{text(about)}</li>"
-        for name, (title, about) in STAGES.items()
+        f"<li><b>{text(s.title)}<span>{clock(spans[name])}</span></b>{text(s.about)}</li>"
+        for name, s in STAGES.items()
         if name in spans
     )
     rest = sum(spans[name] for name in spans if name not in STAGES)
@@ -282,10 +252,10 @@ def panel(found: Metrics, task: str) -> str:
 def curves(folder: Path, found: Metrics) -> str:
     """What the runs logged: of each stage the one thing that tells most."""
     figures = []
-    for name, (title, _) in STAGES.items():
+    for name, stage in STAGES.items():
         file = folder / "runs" / name / "metrics.jsonl"
         if file.is_file() and (chart := chart_of(name, logged(file))):
-            figures.append(f"<figure>{chart}</figure>".replace("TITLE", text(title)))
+            figures.append(f"<figure>{chart}</figure>".replace("TITLE", text(stage.title)))
     if not figures:
         return ""
     return f'<h2>Curves</h2><div class="charts">{"".join(figures)}</div>'

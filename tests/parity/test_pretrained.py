@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dreamlite_jax import pretrained
-from dreamlite_jax.models.unet import DREAMLITE, TINY, UNet
+from dreamlite_jax.models.unet import UNet
+from dreamlite_jax.models.unet_config import DREAMLITE, TINY
 from dreamlite_jax.tiny import random_params
 
 torch = pytest.importorskip("torch")
