@@ -180,8 +180,8 @@ def velocity(config: Config, params: Params, xt: Array, sigma: Array, at: Condit
 
 
 def features(config: Config, params: Params, xt: Array, sigma: Array, at: Condition) -> Array:
-    """What the U-Net's middle block makes of the target's half, [B, h / 2^levels-1, ..., C]; as
-    `velocity`."""
+    """What the U-Net's middle block makes of the target's half, [B, h / f, w / f, C] with f = 2 to
+    the number of levels less one. Arguments as `velocity`'s."""
     _, seen = _unet(config).apply(
         {"params": params},
         *_unet_inputs(xt, sigma, at),

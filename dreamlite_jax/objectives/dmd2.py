@@ -16,7 +16,7 @@ step takes for x0 is compared at the noise between its two ends (`within`), as i
 distribution matching (TDM, Luo et al. 2025, arXiv 2503.06674), so that the fake score sees one
 step's samples at each noise. Compared everywhere, as by DMD2, it knows but the mixture of all
 steps, and a blurred first step and a last one without spread are fine together: in one dimension,
-where the answer is known, the last step's samples shrink to points.
+where the answer is known, the last step's samples lose most of their spread.
 
 Shapes: B rows, h and w latent pixels, c latent channels.
 """
