@@ -34,8 +34,8 @@ SPECIAL_TOKENS = (
 )
 VOCAB_SIZE = 512
 PRESETS = ("tiny", "shapes")
-# The encoder of "shapes" sees sources at 128 px instead of 512: 16 tokens instead of 256.
-_SHAPES_IMAGE_SIDE = 128
+# The encoder of "shapes" sees sources at 64 px instead of 512: 4 tokens instead of 256.
+_SHAPES_IMAGE_SIDE = 64
 _CAPTIONS = 2000  # of each task, that the tokenizer of "shapes" is made of
 
 # preprocessor_config.json and video_preprocessor_config.json as Qwen3-VL is released with them.

@@ -16,11 +16,11 @@ def get_config(variant=None):
     config.dtype = "float32"
     config.data = ({"source": "shapes:demo:all", "task": "t2i"},)
     config.batch_size = 16
-    config.steps = 1500
-    config.loss = {"moments": 1e-3, "noise": 0.05}
-    config.optim.lr = 3e-3
+    config.steps = 3000
+    config.loss = {"moments": 1e-2, "noise": 0.2}
+    config.optim.lr = 2e-3
     config.optim.schedule, config.optim.warmup = "cosine", 100
     config.optim.weight_decay = 0.0
     config.ema_decay = 0.995
-    config.checkpoint.every = config.sample.every = 500
+    config.checkpoint.every = config.sample.every = 1000
     return finished(config, variant)

@@ -17,11 +17,11 @@ def get_config(variant=None):
     config.data = ({"source": "shapes:demo:train", "task": "t2i"},)
     config.validation = ({"source": "shapes:demo:held_out", "task": "t2i"},)
     config.batch_size = 32
-    config.steps = 1600
+    config.steps = 2400
     config.optim.lr = 2e-3
     config.optim.schedule, config.optim.decay_from = "linear", 0.5
     config.optim.warmup = 100
     config.ema_decay = 0.995
-    config.checkpoint.every = config.sample.every = 400
+    config.checkpoint.every = config.sample.every = 800
     config.sample.guidance = 2.0  # more is worse here
     return finished(config, variant)

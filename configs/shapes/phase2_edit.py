@@ -12,8 +12,8 @@ def get_config(variant=None):
     config.init_from = "runs/shapes/phase1"
     config.data = ({"source": "shapes:demo:train", "task": "edit"},)
     config.validation = ({"source": "shapes:demo:held_out", "task": "edit"},)
-    config.text_length = 136
+    config.text_length = 120
     config.loss.weight_changed = True
-    config.steps = 700
+    config.steps = 1600
     config.optim.lr = 1.5e-3
     return finished(config, variant)

@@ -116,8 +116,8 @@ TINY = AutoencoderConfig(
 SHAPES = AutoencoderConfig(
     encoder_block_out_channels=(32, 32, 32),
     decoder_block_out_channels=(32, 32, 32),
-    num_encoder_blocks=(0, 2, 2),
-    num_decoder_blocks=(2, 2, 1),
+    num_encoder_blocks=(0, 0, 0),
+    num_decoder_blocks=(4, 3, 1),
 )
 
 

@@ -294,12 +294,12 @@ NANO = dataclasses.replace(
 # so that every level on the way down has self-attention: an edit copies across the seam.
 SHAPES = dataclasses.replace(
     TINY,
-    down_block_types=("DreamLiteCrossAttnDownBlock2D",) * 3,
+    down_block_types=("DreamLiteDownBlock2D", *("DreamLiteCrossAttnDownBlock2D",) * 2),
     up_block_types=(*("DreamLiteCrossAttnUpBlock2D",) * 2, "DreamLiteUpBlock2D"),
-    block_out_channels=(32, 96, 160),
+    block_out_channels=(64, 96, 128),
     layers_per_block=1,
     transformer_layers_per_block=(1, 1, 1),
-    attention_head_dim=(2, 4, 5),
+    attention_head_dim=(4, 4, 4),
 )
 
 PRESETS = {"dreamlite": DREAMLITE, "tiny": TINY, "nano": NANO, "shapes": SHAPES}

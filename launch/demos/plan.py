@@ -93,7 +93,7 @@ QUICK_STEPS = 10
 SMALLEST = (
     "--config.model=shapes",
     "--config.image_size=32",
-    "--config.text_length=136",
+    "--config.text_length=120",
     "--config.sample.every=0",
     "--config.checkpoint.every=4",
 )

@@ -34,7 +34,7 @@ from dreamlite_jax.data.shapes.world import (
 )
 
 # Counts up whenever a seed and an index give another sample than before.
-VERSION = 2
+VERSION = 3
 SPLITS = ("train", "iid", "held_out", "all")
 EDITS = ("recolour", "reshape", "resize", "move", "remove", "add", "ground")
 Pair = tuple[str, str]  # (shape, colour)
@@ -112,6 +112,8 @@ DEMO = Settings(
     grounds=("white", "black", "navy"),
     held_out=(("circle", "blue"), ("square", "pink"), ("triangle", "red"), ("cross", "yellow")),
     counts=(0.75, 0.25),
+    small=(0.16, 0.175),
+    large=(0.22, 0.245),
     jitter=0.4,
 )
 HARD = Settings(
