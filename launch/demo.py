@@ -11,6 +11,7 @@ and what is finished is not done again. --quick takes few steps of the smallest 
 all works, and nothing of how well.
 """
 
+import os
 from pathlib import Path
 
 from absl import flags
@@ -31,6 +32,8 @@ CACHE = flags.DEFINE_string("compilation_cache", "~/.cache/dreamlite_jax", "as o
 
 def main() -> None:
     out, first = Path(OUT.value), SEED.value
+    if QUICK.value:  # programs of ten steps: compiled fast rather than well
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     made = [plan.of(out, first + k, QUICK.value, CACHE.value) for k in range(SEEDS.value)]
     for one in made:
         plan.run(one, [*plan.steps(one), *(comparing.steps(one) if COMPARE.value else ())])

@@ -34,7 +34,9 @@ def start(config: str, workdir: Path, cache: Path, *flags: str, devices: int = 1
         cwd=ROOT,
         env={
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            # Few steps: compiled fast rather than well.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+            f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
         },
         stdout=log.open("a"),

@@ -13,15 +13,15 @@ def get_config(variant=None):
     config.stage = "dmd2"
     config.init_from = "runs/shapes/sft"
     config.data = tuple({**entry, "seed": 3} for entry in config.data)
-    config.batch_size = 64
-    config.steps = 300
+    config.batch_size = 32
+    config.steps = 400
     config.distill = distill_dmd2.distill()
-    config.distill.ratio, config.distill.warmup, config.distill.score_lr = 3, 50, 3e-4
+    config.distill.ratio, config.distill.warmup, config.distill.score_lr = 2, 40, 5e-4
     config.loss = distill_dmd2.loss()
     config.loss.guidance = 2.0
-    config.optim.lr = 1e-4
+    config.optim.lr = 2e-4
     config.optim.beta1, config.optim.beta2 = 0.0, 0.99
     config.optim.schedule, config.optim.warmup = "constant", 10
     config.ema_decay = 0.98
-    config.checkpoint.every = config.sample.every = 100
+    config.checkpoint.every = config.sample.every = 200
     return finished(config, variant)

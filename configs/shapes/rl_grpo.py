@@ -21,7 +21,7 @@ def get_config(variant=None):
         for task in ("t2i", "edit")
     )
     config.batch_size = 128
-    config.steps = 40
+    config.steps = 80
     config.rl = rl_grpo.rollouts()
     config.rl.group, config.rl.updates, config.rl.parts = 16, 1, 1
     config.rl.rewards = (
@@ -32,10 +32,10 @@ def get_config(variant=None):
     )
     config.loss = rl_grpo.loss()
     config.loss.clip, config.loss.guard = 1e-3, False
-    config.optim.lr = 1e-4
+    config.optim.lr = 2e-4
     config.optim.schedule, config.optim.warmup = "constant", 5
     config.ema_decay = 0.9
     config.patience = 0
-    config.log.every, config.checkpoint.every, config.sample.every = 5, 20, 20
+    config.log.every, config.checkpoint.every, config.sample.every = 5, 40, 40
     config.sample.steps, config.sample.guidance = 10, 1.0
     return finished(config, variant)
