@@ -34,14 +34,14 @@ STAGES = (
         "Autoencoder",
         "Turns pictures into small latents and back. It sees every pair of shape and "
         "colour, so that what is held out later tests the model and not the decoder.",
-        190,
+        170,
     ),
     Stage(
         "phase1_t2i",
         "Text to image",
         "Learns to draw what a caption says, and to read captions on the way. Four pairs of "
         "shape and colour are never shown.",
-        660,
+        450,
         ({"name": "pretrain", "task": ["t2i"], **GUIDED},),
     ),
     Stage(
@@ -49,7 +49,7 @@ STAGES = (
         "Editing",
         "Learns to change one thing of a picture and leave the rest alone. Pixels that "
         "change weigh more.",
-        360,
+        390,
         (
             {"name": "edit", "task": ["t2i"], **GUIDED},
             {"name": "pretrain", "task": ["edit"], **GUIDED},
@@ -59,21 +59,21 @@ STAGES = (
         "phase3_joint",
         "Both together",
         "Both tasks in equal parts, which brings back what lessons on editing made it forget.",
-        360,
+        440,
         ({"name": "joint", **GUIDED},),
     ),
     Stage(
         "sft",
         "Fine-tuning",
         "Few steps on a small, clean set, with the text encoder frozen.",
-        120,
+        90,
         ({"name": "sft", **GUIDED},),
     ),
     Stage(
         "rl_grpo",
         "Reinforcement learning",
         "Draws a group of pictures for each prompt; those that the judge prefers become likelier.",
-        300,
+        260,
         (
             {"name": "rl", "diversity": 16, **GUIDED},
             {"name": "teacher_4step", "diversity": 16, **FEW},
@@ -83,7 +83,7 @@ STAGES = (
         "distill_dmd2",
         "Distillation",
         "A student learns to do in four steps, unguided, what its teacher does in 28 guided ones.",
-        240,
+        270,
     ),
 )
 DISTILLED = {"name": "distilled", "diversity": 16, "inputs": True}
