@@ -112,9 +112,9 @@ TINY = AutoencoderConfig(
 )
 
 
-# A quarter of the side: for the shapes world at 32 px. The encoder has no residual blocks, so that a
-# latent knows its own neighbourhood alone: what an edit leaves as it is keeps its latents, and can
-# be copied. One with blocks spreads every detail over all latents, and little can be learned.
+# A quarter of the side: for the shapes world at 32 px. The encoder has no residual blocks, so that
+# a latent knows its own neighbourhood alone: what an edit leaves as it is keeps its latents, and
+# can be copied. One with blocks spreads details over all latents, and little can be learned.
 SHAPES = AutoencoderConfig(
     encoder_block_out_channels=(32, 32, 32),
     decoder_block_out_channels=(32, 32, 32),

@@ -290,9 +290,9 @@ NANO = dataclasses.replace(
     attention_head_dim=(2, 2),
 )
 
-# For the shapes world at 32 px, whose latents are as small as the lowest level of a released model's.
-# The top level is wide and has no transformer, which learns most in a second of two CPU cores; all
-# others have self-attention: an edit copies across the seam.
+# For the shapes world at 32 px, whose latents are as small as a released model's at its lowest
+# level. The top level is wide and has no transformer, which learns most in a second of two CPU
+# cores; all others have self-attention: an edit copies across the seam.
 SHAPES = dataclasses.replace(
     TINY,
     down_block_types=("DreamLiteDownBlock2D", *("DreamLiteCrossAttnDownBlock2D",) * 2),
