@@ -4,7 +4,7 @@
       --config.seed=$seed --workdir=runs/shapes/rl_grpo_$seed; done
 
 `val/reward/shapes_exact/t2i/mean` and `.../edit/mean` of its metrics are the accuracies on the same
-256 held-out prompts, by the averaged network, without guidance. Not run yet: the settings are ours.
+256 held-out prompts, by the averaged network, without guidance. The settings are ours.
 """
 
 from configs import rl_grpo
