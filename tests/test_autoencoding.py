@@ -95,9 +95,9 @@ def test_one_picture_is_learnt_by_heart():
     scene = shapes.sample_t2i(shapes.DEMO, "all", 0, 4).scene
     target = pictures.to_floats(shapes.render(scene, 32, 32))[None]
     params = {"vae": pretrained.init_params(pretrained.AUTOENCODER, config.vae, 0)}
-    settings = optim.Settings(lr=1e-3, schedule="cosine", warmup=10)
+    settings = optim.Settings(lr=1.5e-3, schedule="cosine", warmup=10)
     tx = optim.make_tx(settings, 400)
-    loss_fn = stages.autoencoder_loss(config, Settings(moments=1e-3, noise=0.05))
+    loss_fn = stages.autoencoder_loss(config, Settings(moments=1e-2, noise=0.05))
     update = jax.jit(make_update(loss_fn, tx, 0.9, clip=1.0))
     state, found = new_state(jax.tree.map(jnp.asarray, params), tx), []
     for step in range(400):

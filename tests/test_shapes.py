@@ -41,9 +41,9 @@ GOLDEN_CAPTIONS = [
 GOLDEN_INSTRUCTIONS = [
     "move the small blue shape at the bottom left somewhere else",
     "give the picture another background",
-    "insert a shape",
+    "draw a large pink circle",
 ]
-GOLDEN_THING = (0.158466219, 0.446352455, 0.788638819)
+GOLDEN_THING = (0.168466219, 0.448131610, 0.779066465)
 SIZE_WORDS = {"small": "small", "little": "small", "large": "large", "big": "large"}
 
 
