@@ -201,6 +201,9 @@ def planted(kind, rng, settings, side, k):
     elif kind == "cut off":
         image = np.where(np.arange(side)[:, None] < thing.x * side, without, image)
     elif kind == "mean of right pictures":
+        # Of a prompt that fixes all but a little of the place the mean is right.
+        if spec.grounds and all(w.shapes and w.colours and w.place for w in spec.wants):
+            spec = replace(spec, wants=tuple(replace(w, place=None) for w in spec.wants))
         scenes = [sample_scene(settings, spec, rng) for _ in range(10)]
         image = np.mean([render(scene, side, side) for scene in scenes], 0)
     return to_image(image), spec
