@@ -88,23 +88,22 @@ def test_what_is_wrong_with_settings():
 
 
 def test_one_picture_is_learnt_by_heart():
-    """Two shapes by the smallest TAESD in 400 steps. At 16 dB it knows the ground alone: that is
-    where too high a learning rate leaves it. How far beyond it comes differs
-    with the rounding of processors."""
+    """A shape by the smallest TAESD in 800 steps, to 36 dB here. Fewer end on the steep part of the
+    curve, where the rounding of another processor is worth 8 dB."""
     config = system.Config(unet_config.NANO, autoencoder.TINY, qwen3_vl.TINY)
-    scene = shapes.sample_t2i(shapes.DEMO, "all", 0, 4).scene
+    scene = shapes.sample_t2i(shapes.DEMO, "all", 0, 7).scene
     target = pictures.to_floats(shapes.render(scene, 32, 32))[None]
     params = {"vae": pretrained.init_params(pretrained.AUTOENCODER, config.vae, 0)}
     settings = optim.Settings(lr=1.5e-3, schedule="cosine", warmup=10)
-    tx = optim.make_tx(settings, 400)
+    tx = optim.make_tx(settings, 800)
     loss_fn = stages.autoencoder_loss(config, Settings(moments=1e-2, noise=0.05))
     update = jax.jit(make_update(loss_fn, tx, 0.9, clip=1.0))
     state, found = new_state(jax.tree.map(jnp.asarray, params), tx), []
-    for step in range(400):
+    for step in range(800):
         key = jax.random.fold_in(KEYS[0], step)
         state, metrics = update(state, {}, {"target": target}, key)
         found.append(metrics)
-    assert found[0]["psnr"] < 12 and found[-1]["psnr"] > 20
+    assert found[0]["psnr"] < 12 and found[-1]["psnr"] > 28
     assert found[-1]["moments"] < 0.5 < 10 < found[0]["moments"]
     assert found[-1]["absolute"] < 0.1 * found[0]["absolute"]
     assert found[-1]["loss"] < 0.1 * found[0]["loss"]
@@ -114,4 +113,4 @@ def test_one_picture_is_learnt_by_heart():
     made = system.decode_latents(config, state.ema["vae"], latents)
     assert latents.shape == (1, 4, 4, 4)
     quality = -10 * np.log10(np.square(np.asarray(made) - target).mean() / 4)
-    assert quality > 20
+    assert quality > 28

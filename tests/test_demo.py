@@ -292,6 +292,8 @@ def test_aims_say_what_was_reached(found):
     assert aims["Editing: 4 distilled steps and the guided 28"].met
     assert not aims["Text to image: Bundle with fp16 weights"].met  # 2 points above, too, is far
     assert aims["Editing: Bundle with fp16 weights"].met
+    nothing = {aim.what: aim for aim in summary.aims(changed | {"edit_accuracy_distilled": 0.0})}
+    assert not nothing["Editing: 4 distilled steps and the guided 28"].met  # none is right
     assert all(aim.met is None for aim in summary.aims({}))
 
 

@@ -3,8 +3,7 @@
 The flow ends in latents and starts from unit noise, so a penalty keeps every latent channel near
 mean 0 and variance 1 (the Kullback-Leibler divergence of a Gaussian with the batch's moments from
 the standard one). Noise on the latents while training makes the decoder forgive what a sampler gets
-slightly wrong. Perceptual and adversarial terms are left out: they need networks of
-others.
+slightly wrong. Perceptual and adversarial terms are left out: they need networks of others.
 
 Shapes: B rows, H and W pixels, h and w latent pixels, c latent channels.
 """

@@ -495,9 +495,5 @@ def check_resumed(run: Run, saved: Mapping[str, Any]) -> None:
     before, now = (flatten_dict(config, sep=".") for config in (saved["config"], run.raw.to_dict()))
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
-        if key != "data" and _plain(old) != _plain(new):
+        if key != "data" and origins.plain(old) != origins.plain(new):
             logging.warning("going on with another config: %s was %r, is %r", key, old, new)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -125,15 +125,16 @@ def problems(origins: Mapping[str, Origin], config: system.Config) -> list[str]:
         differing = [
             f"{key} is {theirs.get(key)!r} there, {value!r} here"
             for key, value in wanted.items()
-            if _plain(theirs.get(key)) != _plain(value) and key != "sample_size"
+            if plain(theirs.get(key)) != plain(value) and key != "sample_size"
         ]
         if differing:
             found.append(f"{origin} has another {name}: {', '.join(differing)}")
     return found
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
+def plain(value: Any) -> Any:
+    """A setting as JSON gives it back: tuples are lists."""
+    return [plain(part) for part in value] if isinstance(value, tuple | list) else value
 
 
 def load(name: str, origin: Origin, config: Any, seed: int = 0, part: Part = "ema") -> Params:
