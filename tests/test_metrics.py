@@ -84,6 +84,13 @@ def test_from_the_start_nothing_stays(tmp_path):
     assert [point.step for point in tensorboard(tmp_path).Scalars("lr")] == [0, 10]
 
 
+def test_events_are_read_in_the_order_of_runs(tmp_path):
+    """However the numbers in their files' names sort: "10" stands before "9"."""
+    for k in range(12):
+        run(tmp_path / "others", [0]) if k % 3 else run(tmp_path, [0, 10, 20, 30][: 4 - k // 3])
+    assert [point.step for point in tensorboard(tmp_path).Scalars("lr")] == [0]
+
+
 def test_a_torn_file_is_mended(tmp_path):
     run(tmp_path, [0, 10])
     file = tmp_path / metrics.FILE

@@ -164,7 +164,7 @@ class Writer:
         self.workdir.mkdir(parents=True, exist_ok=True)
         _cut(self.workdir / FILE, resumed_at)
         self._lines = (self.workdir / FILE).open("a", encoding="utf-8")
-        self._events = EventFileWriter(str(self.workdir / "tensorboard"), flush_secs=30)
+        self._events = _event_file(self.workdir / "tensorboard")
         # TensorBoard drops what earlier files hold of this step and later ones.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         first = 0 if resumed_at is None else resumed_at + 1
@@ -233,6 +233,17 @@ def read_metrics(workdir: str | os.PathLike, times: bool = True) -> list[dict[st
         {k: v for k, v in values.items() if times or not k.startswith(TIME_PREFIX)}
         for _, values in _lines(Path(workdir) / FILE)
     ]
+
+
+def _event_file(folder: Path) -> EventFileWriter:
+    """A new file of events, behind all others of the folder.
+
+    TensorBoard reads files in the order of their names. These begin with the second, but go on with
+    the process and a number without leading zeros: two of one second may be read in either order.
+    """
+    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)
+    return EventFileWriter(str(folder), flush_secs=30)
 
 
 def _cut(file: Path, resumed_at: int | None) -> None:
