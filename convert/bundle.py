@@ -4,8 +4,9 @@
 
 The folder (and BUNDLE.zip with --zip) holds the .tflite files, the tokenizer with the table of
 embeddings, `manifest.json` (its schema: convert/manifest.schema.json), golden cases computed by
-the JAX networks, `gpu_report.json` and a README for its receiver. It appears whole, after its own
-golden cases were replayed on the CPU, or not at all.
+the JAX networks, `gpu_report.json` and a README for its receiver. With --text_parts the text tower
+is several files that run one after another. The bundle appears whole, after its own golden cases
+were replayed on the CPU, or not at all.
 """
 
 import hashlib
@@ -38,7 +39,8 @@ TOLERANCES = {
 }
 
 
-# dB that a part's output must reach on a random case.
+# dB that a file's output must reach on a random case with the weights that it keeps. On the CPU
+# `verify.DEMANDS` must be reached before, with float32 weights.
 DEMANDS = {"fp32": 45.0, "fp16": 45.0, "int8": 28.0, "int4": 10.0}
 
 
@@ -47,6 +49,7 @@ class Plan(NamedTuple):
 
     height: int
     width: int
+    files: list[tables.File]
     weights: dict[str, quantize.Recipe]  # by part
     steps: int
     guidance: float
@@ -66,9 +69,11 @@ def build(model: system.System, out: Path, plan: Plan, gpu: bool) -> dict[str, A
       VerifyError, BundleError: a file is not what it should be; nothing is written.
     """
     with pretrained.replaced_folder(out) as folder:
-        parts, report = {}, {}
-        for name in tables.PARTS:
-            parts[name], report[f"{name}.tflite"] = _part(folder, name, model, plan, gpu)
+        parts, report, before = {}, {}, None
+        for file in plan.files:
+            entry, said, before = _part(folder, file, model, plan, gpu, before)
+            parts.setdefault(file.part, []).append(entry)
+            report[entry["file"]] = said
         _text_files(folder, model)
         shutil.copytree(model.folder / "tokenizer", folder / "tokenizer")
         golden = _golden(folder, model, plan)
@@ -88,32 +93,46 @@ def build(model: system.System, out: Path, plan: Plan, gpu: bool) -> dict[str, A
 
 
 def _part(
-    folder: Path, name: str, model: system.System, plan: Plan, gpu: bool
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Writes a part's file; its entries in the manifest, and what gpu_report.json says of it."""
-    params = model.params[tables.PARTS[name]]
+    folder: Path,
+    made: tables.File,
+    model: system.System,
+    plan: Plan,
+    gpu: bool,
+    before: np.ndarray | None,
+) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
+    """Writes a file; its entry in the manifest, what gpu_report.json says of it, and what JAX gives
+    for its random case, where the next part of the text tower goes on (`before`)."""
+    name, recipe, params = made.part, plan.weights[made.part], model.params[tables.PARTS[made.part]]
     size = (plan.height, plan.width, plan.lengths, plan.prompt_length)
-    made = tables.part(name, model.config, params, *size)
-    file, plain = folder / f"{name}.tflite", folder / f".{name}.tflite"
-    lowering.write(made, plain)
-    quantize.write(plain, file, plan.weights[name])
+    graphs = tables.part(name, model.config, params, *size, layers=made.layers)
+    cases = [
+        verify.case(name, graph, model.config, params, 0, made.layers, before) for graph in graphs
+    ]
+    file, plain = folder / f"{made.name}.tflite", folder / f".{made.name}.tflite"
+    lowering.write(graphs, plain)
+    exact = _compared(plain, graphs, cases, verify.DEMANDS["cpu", "fp32"])
+    quantize.write(plain, file, recipe)
     plain.unlink()
     if findings := flatbuffer.lint(file):
-        raise verify.VerifyError(f"{name}: {'; '.join(findings[:5])}")
-    cases = [verify.case(name, graph, model.config, params) for graph in made]
-    measured = _measured(file, made, cases, gpu, DEMANDS[_coarsest(plan.weights[name])])
-    report = {"operations": flatbuffer.counts(file), **measured}
+        raise verify.VerifyError(f"{file.name}: {'; '.join(findings[:5])}")
+    weights = ",".join(f"{regex}={kind}" for regex, kind in recipe)
+    report = {
+        "operations": flatbuffer.counts(file),
+        "weights": weights,
+        "psnr_of_float32_weights": exact,
+        **_measured(file, graphs, cases, gpu, DEMANDS[_coarsest(recipe)]),
+    }
     entry = {
         "file": file.name,
-        "weights": ",".join(f"{regex}={kind}" for regex, kind in plan.weights[name]),
+        "weights": weights,
         "gpu": report["delegated"],
-        "signatures": {graph.signature: _signature(graph) for graph in made},
+        "signatures": {graph.signature: _signature(graph) for graph in graphs},
     }
-    return [entry], report
+    return entry, report, cases[0].expected
 
 
 def _measured(
-    file: Path, made: list[Graph], cases: list[verify.Case], gpu: bool, demand: float
+    file: Path, graphs: list[Graph], cases: list[verify.Case], gpu: bool, demand: float
 ) -> dict[str, Any]:
     """dB of JAX's float32 output by place and signature; whether all operations are delegated, and
     the results near enough (`demand`) to call it a GPU variant."""
@@ -121,19 +140,37 @@ def _measured(
     for accelerator, precision in verify.DEMANDS:
         if accelerator == "gpu" and not gpu:
             continue
-        place = found["psnr"][f"{accelerator} {precision}"] = {}
+        place = (accelerator, precision)
         try:
-            for graph, case in zip(made, cases, strict=True):
-                (output,) = verify.run(file, graph.signature, [case.inputs], accelerator, precision)
-                reached = place[graph.signature] = round(manifest.psnr(output, case.expected), 1)
-                if reached < demand:
-                    where = f"{file.name} on the {accelerator} in {precision}"
-                    raise verify.VerifyError(f"{where}: {reached} dB of JAX, should be {demand:g}")
+            found["psnr"][" ".join(place)] = _compared(file, graphs, cases, demand, *place)
         except verify.VerifyError as error:
             if accelerator == "cpu":
                 raise
             return found | {"delegated": False, "reason": str(error)}
     return found | ({"delegated": True, "reason": ""} if gpu else {})
+
+
+def _compared(
+    file: Path,
+    graphs: list[Graph],
+    cases: list[verify.Case],
+    demand: float,
+    accelerator: str = "cpu",
+    precision: str = "fp32",
+) -> dict[str, float]:
+    """dB of JAX's float32 output by signature.
+
+    Raises:
+      VerifyError: the file does not run there, or an output is below `demand`.
+    """
+    found = {}
+    for graph, case in zip(graphs, cases, strict=True):
+        (output,) = verify.run(file, graph.signature, [case.inputs], accelerator, precision)
+        reached = found[graph.signature] = round(manifest.psnr(output, case.expected), 1)
+        if reached < demand:
+            where = f"{file.name} on the {accelerator} in {precision}"
+            raise verify.VerifyError(f"{where}: {reached} dB of JAX, should be {demand:g}")
+    return found
 
 
 def _coarsest(recipe: quantize.Recipe) -> str:
@@ -340,6 +377,7 @@ LENGTHS = flags.DEFINE_list("text_lengths", [str(tables.LENGTH)], "context token
 PROMPT_LENGTH = flags.DEFINE_integer(
     "prompt_length", tables.PROMPT_LENGTH, "context tokens of the text encoder", lower_bound=1
 )
+TEXT_PARTS = flags.DEFINE_integer("text_parts", 1, "files of the text encoder", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "default: 4, base models 30", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "of base models; default: 3.5")
 STEP = flags.DEFINE_integer("checkpoint_step", None, "of the weights, for the manifest")
@@ -364,6 +402,7 @@ def main() -> None:
     plan = Plan(
         height,
         width,
+        tables.files(config, TEXT_PARTS.value),
         weights,
         settings.steps,
         1.0 if config.mobile else settings.guidance,

@@ -100,41 +100,39 @@ def _autoencoder_tensors(config: Config, height: int, width: int) -> tuple[Tenso
 
 
 class Layers(nn.Module):
-    """Layers `first` to `last` of the text tower, and its norm behind the last of all."""
+    """Some consecutive layers of the text tower, and its norm behind the last of all."""
 
     config: TextConfig
-    first: int
-    last: int
+    layers: range
     ops: Primitives = PHONE
 
     @nn.compact
     def __call__(self, x: Array, angles: tuple[Array, Array], bias: Array) -> Array:
         """x [1, L, C] -> the same; angles and bias as in `text.DecoderLayer`."""
         c = self.config
-        for i in range(self.first, self.last):
+        for i in self.layers:
             x = DecoderLayer(c, ops=self.ops, name=f"layers_{i}")(x, angles, bias)
-        if self.last < c.num_hidden_layers:
+        if self.layers.stop < c.num_hidden_layers:
             return x
         return RMSNorm(c.rms_norm_eps, self.ops, name="norm")(x)
 
 
-def text_encoder(
-    config: Config, params: Params, length: int, first: int = 0, last: int | None = None
-) -> Graph:
+def text_encoder(config: Config, params: Params, length: int, layers: range | None = None) -> Graph:
     """Embedded tokens of a prompt in generate mode to `length` context tokens, signature `encode`.
 
     The host looks the embeddings up. Positions of text are 0, 1, ...; padding stands behind, where
     a causal tower never looks, so no mask is needed: what comes out at padding has no meaning.
-    Without an image M-RoPE is ordinary RoPE. `first` and `last` cut the tower into parts that are
-    run one after another; only the last one drops the template's prefix.
+    Without an image M-RoPE is ordinary RoPE. `layers` cuts the tower into parts that are run one
+    after another; only the last one drops the template's prefix.
 
     Args:
-      params: of the text encoder.
+      params: of the text encoder; those of `layers` suffice.
       length: context tokens behind the prefix.
+      layers: consecutive ones; None: all.
     """
     tower, drop = config.text_encoder.text, config.drop.generate
-    last = tower.num_hidden_layers if last is None else last
-    whole, cut = drop + length, last == tower.num_hidden_layers
+    layers = layers or range(tower.num_hidden_layers)
+    whole, cut = drop + length, layers.stop == tower.num_hidden_layers
     positions = jnp.broadcast_to(jnp.arange(whole), (1, 3, whole))
     angles = tuple(np.asarray(angle) for angle in mrope_angles(positions, tower))
     # Nothing behind a token is seen. The tower's own -1e9 is infinite in half precision.
@@ -142,13 +140,24 @@ def text_encoder(
     weights = params["model"]["language_model"]
 
     def encode(embeddings):
-        hidden = Layers(tower, first, last).apply({"params": weights}, embeddings, angles, bias)
+        hidden = Layers(tower, layers).apply({"params": weights}, embeddings, angles, bias)
         return hidden[:, drop:] if cut else hidden
 
     entry = Tensor("inputs_embeds", (1, whole, tower.hidden_size), "NLF")
     name = "encoder_hidden_states" if cut else "hidden_states"
     shape = (1, length if cut else whole, tower.hidden_size)
     return Graph("encode", encode, (entry,), Tensor(name, shape, "NLF"))
+
+
+def text_modules(config: Config, layers: range) -> set[str]:
+    """What a part of the text tower needs of `model/language_model`: the table of embeddings counts
+    as the first layer's."""
+    modules = {f"layers_{i}" for i in layers}
+    if layers.start == 0:
+        modules.add("embed_tokens")
+    if layers.stop == config.text_encoder.text.num_hidden_layers:
+        modules.add("norm")
+    return modules
 
 
 def _nhwc(x: Array) -> Array:

@@ -1,5 +1,9 @@
 """The files of a bundle: which networks they hold, at which sizes."""
 
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
+
 from convert import graphs
 from dreamlite_jax import pretrained, system, tiny
 from dreamlite_jax.errors import UserError
@@ -21,6 +25,37 @@ PARTS = {"unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae", "text_encod
 LENGTH, PROMPT_LENGTH = 384, 128
 
 
+class File(NamedTuple):
+    """A .tflite file to be."""
+
+    part: str  # of PARTS
+    name: str  # of the file, without its ending
+    layers: range | None = None  # of the text tower
+
+
+def files(config: system.Config, text_parts: int = 1, names: Iterable[str] = PARTS) -> list[File]:
+    """The files of some parts of a bundle, those of the text tower in the order in which they run.
+
+    Args:
+      text_parts: files of the text tower, each with as many layers as the others, or one more.
+
+    Raises:
+      SizeError: more files than layers.
+    """
+    layers = range(config.text_encoder.text.num_hidden_layers)
+    if not 1 <= text_parts <= len(layers):
+        raise SizeError(f"--text_parts={text_parts}: the text tower has {len(layers)} layers")
+    bounds = [len(layers) * k // text_parts for k in range(text_parts + 1)]
+    tower = [layers[start:stop] for start, stop in itertools.pairwise(bounds)]
+    found = []
+    for name in names:
+        if name == "text_encoder" and text_parts > 1:
+            found += [File(name, f"{name}_{k}", part) for k, part in enumerate(tower, 1)]
+        else:
+            found.append(File(name, name, layers if name == "text_encoder" else None))
+    return found
+
+
 def part(
     name: str,
     config: system.Config,
@@ -30,6 +65,7 @@ def part(
     lengths: tuple[int, ...] = (LENGTH,),
     prompt_length: int = PROMPT_LENGTH,
     time: str = "host",
+    layers: range | None = None,
 ) -> list[graphs.Graph]:
     """The graphs of one part's file; params of its network.
 
@@ -38,9 +74,10 @@ def part(
       lengths: context tokens of the U-Net; each further one is a signature `denoise_<length>`.
       prompt_length: context tokens of the text encoder, which is for generate mode.
       time: see `convert.graphs`.
+      layers: of the text tower; None: all.
     """
     if name == "text_encoder":
-        return [graphs.text_encoder(config, params, prompt_length)]
+        return [graphs.text_encoder(config, params, prompt_length, layers)]
     if name != "unet":
         return [getattr(graphs, name)(config, params, height, width)]
     first, *others = (graphs.unet(config, params, height, width, n, time) for n in lengths)
@@ -67,9 +104,18 @@ def checked_size(config: system.Config, height: int | None, width: int | None) -
     return size
 
 
-def parameters(config: system.Config, network: str, model: str | None) -> pretrained.Params:
-    """float32 parameters of a network from a model directory, or random ones."""
+def parameters(config: system.Config, file: File, model: str | None) -> pretrained.Params:
+    """float32 parameters from a model directory, or random ones: those of a file's network, and of
+    the text encoder no others than the file needs."""
+    network = PARTS[file.part]
     component = system.NETWORKS[network]
+
+    def wanted(path: pretrained.Path_) -> bool:
+        if file.layers is None:
+            return True
+        tower = path[:2] == ("model", "language_model")
+        return tower and path[2] in graphs.text_modules(config, file.layers)
+
     if model is None:
-        return tiny.random_params(component, getattr(config, network))
-    return pretrained.read(model, component)[1]
+        return tiny.random_params(component, getattr(config, network), wanted=wanted)
+    return pretrained.read(model, component, wanted=wanted)[1]

@@ -9,10 +9,11 @@ that a DEQUANTIZE operation widens do not compile on the accelerator.)
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dreamlite_jax.data.pictures import replaced_file
 from dreamlite_jax.errors import UserError
@@ -54,10 +55,40 @@ def write(source: str | os.PathLike, target: str | os.PathLike, parts: Recipe) -
         quantizer = aeq.Quantizer(content)
         for regex, kind in parts:
             _add(quantizer, regex if regex == ".*" else f".*(?:{regex}).*", kind)
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
-            content = quantizer.quantize().quantized_model  # it reports its progress at length
+        with _large_kernels(), _silence():
+            content = quantizer.quantize().quantized_model
     with replaced_file(target) as stream:
         stream.write(content)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """For the quantiser, which reports its progress at length."""
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def _large_kernels() -> Iterator[None]:
+    """The quantiser takes kernels above 32 MiB for a while: it rounds those in pieces, and can do
+    so with two axes only. A kernel [O, H, W, I] with a scale for each output is as good as
+    [O, H W I]."""
+    from ai_edge_quantizer.algorithms.uniform_quantize import uniform_quantize_tensor as theirs
+
+    original = theirs.uniform_quantize
+
+    def uniform_quantize(kernel, params, *blockwise):
+        if kernel.ndim < 3 or params.quantized_dimension or any(blockwise):
+            return original(kernel, params, *blockwise)
+        scale, zero = (x.reshape(-1, 1) for x in (params.scale, params.zero_point))
+        flat = dataclasses.replace(params, scale=scale, zero_point=zero)
+        return original(kernel.reshape(len(kernel), -1), flat).reshape(kernel.shape)
+
+    theirs.uniform_quantize = uniform_quantize
+    try:
+        yield
+    finally:
+        theirs.uniform_quantize = original
 
 
 def _add(quantizer, regex: str, kind: str) -> None:

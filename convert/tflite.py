@@ -5,8 +5,10 @@
       --weights="fp32 fp16 int8" --parts="unet vae_decoder vae_encoder" --check=512
 
 Files are FILES/<weights>/unet.tflite, vae_decoder.tflite, vae_encoder.tflite and
-text_encoder.tflite. Each is linted; with --check it is also lowered at that side in pixels and run
-on the CPU beside JAX. `convert.bundle` makes what a phone receives.
+text_encoder.tflite; with --text_parts=N text_encoder_1.tflite to text_encoder_N.tflite instead,
+which run one after another. Float32 parameters of one file at a time are in memory. Each file is
+linted; with --check it is also lowered at that side in pixels (text has none) and run on the CPU
+beside JAX. `convert.bundle` makes what a phone receives.
 """
 
 import resource
@@ -14,6 +16,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 
 from convert import flatbuffer, graphs, lowering, manifest, quantize, verify
@@ -21,7 +24,9 @@ from convert.parts import (
     LENGTH,
     PARTS,
     PROMPT_LENGTH,
+    File,
     checked_size,
+    files,
     parameters,
     part,
     random_config,
@@ -41,6 +46,7 @@ PROMPT = flags.DEFINE_integer("prompt_length", PROMPT_LENGTH, "of the text encod
 WEIGHTS = flags.DEFINE_string(
     "weights", "fp16", "variants, with blanks between: convert/quantize.py"
 )
+TEXT_PARTS = flags.DEFINE_integer("text_parts", 1, "files of the text encoder", lower_bound=1)
 NAMES = flags.DEFINE_string("parts", " ".join(PARTS), "which files, separated by blanks")
 TIME = flags.DEFINE_enum("time", "host", graphs.TIMES, "who computes sinusoids: convert/graphs.py")
 CHECK = flags.DEFINE_integer("check", None, "side in pixels at which the CPU is compared with JAX")
@@ -57,26 +63,40 @@ def main() -> None:
     config = system.read_config(MODEL.value) if MODEL.value else random_config(RANDOM.value)
     size = checked_size(config, HEIGHT.value, WIDTH.value)
     lengths = tuple(sorted(int(length) for length in LENGTHS.value))
-    for name in names:
+    before = None
+    for file in files(config, TEXT_PARTS.value, names):
         start = time.monotonic()
-        params = parameters(config, PARTS[name], MODEL.value)
-        made = part(name, config, params, *size, lengths, PROMPT.value, TIME.value)
-        plain = out / "fp32" / f"{name}.tflite"
+        params = parameters(config, file, MODEL.value)
+        made = graphs_of(file, config, params, *size, lengths)
+        plain = out / "fp32" / f"{file.name}.tflite"
         lowering.write(made, plain)
         report(plain, time.monotonic() - start)
         if CHECK.value:
-            check(name, config, params, out)
+            before = check(file, config, params, plain, before)
         del made, params
-        for text, parts in recipes.items():
+        for text, recipe in recipes.items():
             if text != "fp32":
-                file = out / text.split(",")[0] / f"{name}.tflite"
+                smaller = out / text.split(",")[0] / plain.name
                 start = time.monotonic()
-                quantize.write(plain, file, parts)
-                report(file, time.monotonic() - start)
+                quantize.write(plain, smaller, recipe)
+                report(smaller, time.monotonic() - start)
         if "fp32" not in recipes:
             plain.unlink()
     if "fp32" not in recipes:
         plain.parent.rmdir()
+
+
+def graphs_of(
+    file: File,
+    config: system.Config,
+    params: pretrained.Params,
+    height: int,
+    width: int,
+    lengths: tuple[int, ...],
+) -> list[lowering.Graph]:
+    """A file's graphs at a size in pixels and with the U-Net's `lengths`, else as the flags say."""
+    size = (height, width, lengths, PROMPT.value)
+    return part(file.part, config, params, *size, TIME.value, file.layers)
 
 
 def report(file: Path, seconds: float) -> None:
@@ -90,18 +110,43 @@ def report(file: Path, seconds: float) -> None:
         raise verify.VerifyError(f"{file}: {'; '.join(findings[:5])}")
 
 
-def check(name: str, config: system.Config, params: pretrained.Params, out: Path) -> None:
-    """CPU parity with JAX at another size, in a line."""
-    made = part(name, config, params, CHECK.value, CHECK.value, (LENGTH,), PROMPT.value, TIME.value)
-    file = out / "check" / f"{name}.tflite"
-    lowering.write(made, file)
-    case = verify.case(name, made[0], config, params)
-    (output,) = verify.run(file, made[0].signature, [case.inputs])
+def check(
+    file: File,
+    config: system.Config,
+    params: pretrained.Params,
+    plain: Path,
+    before: tuple[np.ndarray, np.ndarray] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """CPU parity with JAX at another size, in a line.
+
+    A part of the text tower goes on from what the parts before gave, JAX from its own results and
+    LiteRT from its own, so that the last part's line is about the whole tower.
+
+    Args:
+      plain: the float32 file.
+      before: what JAX and LiteRT gave for the file before.
+
+    Returns:
+      The same for this one.
+    """
+    side = CHECK.value
+    made = graphs_of(file, config, params, side, side, (LENGTH,))
+    theirs, ours = before or (None, None)
+    case = verify.case(file.part, made[0], config, params, 0, file.layers, theirs)
+    checked, what = plain, file.name
+    if file.part != "text_encoder":
+        checked, what = plain.parent.parent / "check" / plain.name, f"{file.name} at {side} px"
+        lowering.write(made, checked)
+    elif file.layers.start:
+        case.inputs["inputs_embeds"] = ours
+    (output,) = verify.run(checked, made[0].signature, [case.inputs])
     reached, demand = manifest.psnr(output, case.expected), verify.DEMANDS["cpu", "fp32"]
-    print(f"{name} at {CHECK.value} px on the CPU: {reached:.1f} dB of JAX", flush=True)
-    file.unlink()
+    print(f"{what} on the CPU: {reached:.1f} dB of JAX", flush=True)
+    if checked != plain:
+        checked.unlink()
     if reached < demand:
-        raise verify.VerifyError(f"{name}: {reached:.1f} dB, should be {demand:g}")
+        raise verify.VerifyError(f"{file.name}: {reached:.1f} dB, should be {demand:g}")
+    return case.expected, output
 
 
 if __name__ == "__main__":

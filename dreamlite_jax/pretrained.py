@@ -183,6 +183,7 @@ def read(
     component: Component,
     dtype: Any = jnp.float32,
     put: Callable[[Path_, np.ndarray], Any] = lambda path, array: jnp.asarray(array),
+    wanted: Callable[[Path_], bool] = lambda path: True,
 ) -> tuple[Any, Params]:
     """Reads one network of a model directory.
 
@@ -194,6 +195,7 @@ def read(
       component: UNET, AUTOENCODER, ...
       dtype: of the parameters; None keeps each tensor's own.
       put: places a parameter, e.g. on devices by a sharding: (path, NumPy array) -> array.
+      wanted: whether the parameter at a path is to be read; all must be in the files.
 
     Returns:
       The network's config and its parameters.
@@ -213,7 +215,7 @@ def read(
     for file in files:
         with _opened(file) as tensors:
             for row in table:
-                if found[row.name][0] != file:
+                if found[row.name][0] != file or not wanted(row.path):
                     continue
                 parameter = row.to_parameter(tensors.get_tensor(row.name), dtype)
                 if not np.isfinite(parameter).all():

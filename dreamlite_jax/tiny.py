@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,16 +138,25 @@ def write_processor(folder: Path, encoder: qwen3_vl.Qwen3VLConfig, preset: str =
     pretrained.write_json(folder / "video_preprocessor_config.json", {**_VIDEOS, **patches})
 
 
-def random_params(component: pretrained.Component, config: Any, seed: int = 0) -> pretrained.Params:
+def random_params(
+    component: pretrained.Component,
+    config: Any,
+    seed: int = 0,
+    wanted: Callable[[pretrained.Path_], bool] = lambda path: True,
+) -> pretrained.Params:
     """Parameters of a network, drawn with NumPy: nothing is compiled.
 
     Kernels and embeddings keep the variance of what passes through them; norms lie around 1 and
-    biases around 0, but none of them there, lest a test miss a forgotten one.
+    biases around 0, but none of them there, lest a test miss a forgotten one. Of the paths that are
+    not `wanted` nothing is kept; the others have the values that they have in the whole network.
     """
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
-        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        noise = rng.standard_normal(leaf.shape)  # of every path: the next draws depend on it
+        if not wanted(path):
+            return None
+        noise = noise.astype(np.float32)
         if path[-1] == "kernel":
             return noise * np.sqrt(1 / np.prod(leaf.shape[:-1]), dtype=np.float32)
         if path[-1] == "embedding":
@@ -154,7 +164,8 @@ def random_params(component: pretrained.Component, config: Any, seed: int = 0) -
         return 0.1 * noise + np.float32(path[-1] == "scale")
 
     shapes = flatten_dict(pretrained.param_shapes(component, config))
-    return unflatten_dict({path: draw(path, leaf) for path, leaf in shapes.items()})
+    drawn = {path: draw(path, leaf) for path, leaf in shapes.items()}
+    return unflatten_dict({path: leaf for path, leaf in drawn.items() if leaf is not None})
 
 
 def tiny_model_dir(

@@ -11,7 +11,7 @@ from commands import run
 from jsonschema import Draft202012Validator
 from PIL import Image
 
-from convert import flatbuffer, manifest, parts
+from convert import flatbuffer, manifest, parts, verify
 from dreamlite_jax import pretrained, tiny
 from dreamlite_jax.models import unet_config
 
@@ -36,6 +36,7 @@ def models(tmp_path_factory):
 
 
 STEPS = 2
+TEXT_PARTS = {"base": 1, "mobile": 2}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def bundles(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
     for kind, model in models.items():
         arguments = [f"--model={model}", f"--out={folder / kind}", "--nogpu", "--zip"]
+        arguments.append(f"--text_parts={TEXT_PARTS[kind]}")
         assert run("convert.bundle", *arguments, *SIZE, *LENGTHS, f"--steps={STEPS}") == 0
     return folder
 
@@ -63,11 +65,28 @@ def test_what_a_bundle_holds(bundle):
     for name, counts in report.items():
         assert counts["operations"] == flatbuffer.counts(bundle / name)
         assert counts["delegated"] is None  # never claimed without having been seen
+        assert min(counts["psnr_of_float32_weights"].values()) >= verify.DEMANDS["cpu", "fp32"]
     assert {"unet.tflite", "tokenizer/tokenizer.json", "README.md"} <= made["files"].keys()
     quality = json.loads((bundle / "quality.json").read_text())
     assert quality["edit: picture"]["psnr"] >= 35 and quality["edit: picture"]["ssim"] > 0.99
     assert (bundle.parent / "mobile.zip").is_file()
     assert not list(bundle.rglob(".*"))
+
+
+def test_the_text_tower_in_parts(bundles):
+    """In order, each going on where the one before ended; all other tests run with them."""
+    for kind, count in TEXT_PARTS.items():
+        entries = manifest.read(bundles / kind)["components"]["text_encoder"]
+        names = ["text_encoder_1", "text_encoder_2"] if count == 2 else ["text_encoder"]
+        assert [entry["file"] for entry in entries] == [f"{name}.tflite" for name in names]
+        shapes = [
+            [tensor["shape"] for tensor in entry["signatures"]["encode"][side]]
+            for entry in entries
+            for side in ("inputs", "outputs")
+        ]
+        assert shapes[1:-1:2] == shapes[2::2]
+    report = json.loads((bundles / "mobile" / "gpu_report.json").read_text())
+    assert {"text_encoder_1.tflite", "text_encoder_2.tflite"} <= report.keys()
 
 
 def test_the_schema_is_a_schema_and_leaves_nothing_open():
@@ -213,6 +232,8 @@ def test_wrong_use_is_one_line(models, bundle, tmp_path, capsys):
         "there already": ("bundle", [model, f"--out={bundle}", "--nogpu"], "exists"),
         "no model": ("bundle", ["--model=nowhere", out, "--nogpu"], "no such directory"),
         "weights": ("bundle", [model, out, "--nogpu", "--weights=int3"], "int3"),
+        "no parts": ("bundle", [model, out, "--nogpu", "--text_parts=0"], "text_parts"),
+        "too many parts": ("bundle", [model, out, "--nogpu", "--text_parts=4"], "has 3 layers"),
         "prompt": ("run_bundle", [f"--bundle={bundle}", out], "give --prompt"),
         "long": ("run_bundle", [f"--bundle={bundle}", out, long], "the limit is 60"),
         "edit": ("run_bundle", [f"--bundle={bundle}", out, f"--image={picture}"], "--embeddings"),

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from commands import run
+from flax.traverse_util import flatten_dict
 from jax import lax
 
 from convert import flatbuffer, forms, lowering, manifest, parts, phone, quantize, verify
 from convert.lowering import Graph, Tensor
-from dreamlite_jax import system, tiny
+from dreamlite_jax import pretrained, system, tiny
 from dreamlite_jax.models import blocks, unet_config
 from dreamlite_jax.models.primitives import PLAIN
+from dreamlite_jax.models.qwen3_vl.model import Qwen3VL
 
 CONFIG = tiny.config(mobile=True)._replace(unet=unet_config.NANO)
 SIZE = (64, 32)  # no square, so that height and width cannot be confused
@@ -71,6 +73,88 @@ def test_gpu_runs_every_operation_and_computes_the_same(name, precision, files, 
     last = graphs[-1]
     demand = verify.DEMANDS["gpu", precision]
     assert reached(file, last, cases(name, last, params), "gpu", precision) >= demand
+
+
+# --- The text tower in parts ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    """The text tower in two files, each made of its own parameters alone, with its graph."""
+    folder, made = tmp_path_factory.mktemp("tower"), []
+    for file in parts.files(CONFIG, 2, ["text_encoder"]):
+        own = parts.parameters(CONFIG, file, None)
+        (graph,) = parts.part(file.part, CONFIG, own, *SIZE, prompt_length=10, layers=file.layers)
+        lowering.write([graph], folder / file.name)
+        made.append((folder / file.name, graph))
+    return made
+
+
+def in_parts(tower, hidden, *place):
+    for file, graph in tower:
+        (hidden,) = verify.run(file, graph.signature, [{"inputs_embeds": hidden}], *place)
+    return hidden
+
+
+def from_ids(ids, params):
+    """Embeddings of token ids [1, L], and what the network that trains gives behind the prefix."""
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": np.ones(ids.shape, bool),
+        "position_ids": np.broadcast_to(np.arange(ids.shape[1]), (1, 3, ids.shape[1])),
+    }
+    hidden = Qwen3VL(CONFIG.text_encoder).apply({"params": params}, inputs)
+    table = params["model"]["language_model"]["embed_tokens"]["embedding"]
+    return table[ids], np.asarray(hidden)[:, CONFIG.drop.generate :]
+
+
+def test_parts_of_the_text_tower_are_the_tower(tower, files, params):
+    _, (whole,) = files["text_encoder"]
+    length = whole.inputs[0].shape[1]
+    ids = np.random.default_rng(0).integers(0, 256, (1, length))
+    embeddings, expected = from_ids(ids, params["text_encoder"])
+    ours = in_parts(tower, embeddings)
+    assert manifest.psnr(ours, expected) >= verify.DEMANDS["cpu", "fp32"]
+    # The cases that all files are checked with are of that network, too.
+    (case,) = cases("text_encoder", whole, params, 1)
+    theirs = in_parts(tower, case.inputs["inputs_embeds"])
+    assert manifest.psnr(theirs, case.expected) >= verify.DEMANDS["cpu", "fp32"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gpu_runs_the_text_tower_in_parts(precision, tower, files, params, gpu):
+    (case,) = cases("text_encoder", files["text_encoder"][1][0], params, 1)
+    ours = in_parts(tower, case.inputs["inputs_embeds"], "gpu", precision)
+    assert manifest.psnr(ours, case.expected) >= verify.DEMANDS["gpu", precision]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_file_needs_its_own_parameters_alone(stored, cache, params):
+    """Those that stand in the whole network, each in one of three files."""
+    model = cache / "model" if stored else None
+    config = system.read_config(model) if stored else CONFIG
+    everything = pretrained.read(model, pretrained.TEXT_ENCODER)[1] if stored else None
+    everything = flatten_dict(everything or params["text_encoder"])
+    found = [
+        flatten_dict(parts.parameters(config, file, model))
+        for file in parts.files(config, 3, ["text_encoder"])
+    ]
+    assert not found[0].keys() & found[1].keys() and not found[1].keys() & found[2].keys()
+    together = {path: leaf for some in found for path, leaf in some.items()}
+    assert together.keys() == {path for path in everything if path[1] == "language_model"}
+    for path, leaf in together.items():
+        np.testing.assert_array_equal(leaf, everything[path])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_files_share_the_layers_evenly(count):
+    made = parts.files(CONFIG, count, ["unet", "text_encoder"])
+    assert made[0] == parts.File("unet", "unet") and len(made) == 1 + count
+    assert [i for file in made[1:] for i in file.layers] == [0, 1, 2]
+    assert {len(file.layers) for file in made[1:]} <= {3 // count, 3 // count + 1}
+
+
+# --- What stands in the files ---------------------------------------------------------------------
 
 
 def test_signatures_are_the_authors_with_sinusoids_from_the_host(files):
@@ -296,6 +380,18 @@ def test_variants(text, demand, files, params, tmp_path):
     assert reached(tmp_path / "q.tflite", graphs[0], those) >= demand
 
 
+def test_kernels_above_32_mib_become_integers(tmp_path):
+    """Of which the released text tower has three a layer; the quantiser alone stops at them."""
+    kernel = np.random.default_rng(0).standard_normal((2100, 4096), np.float32)
+    x = Tensor("x", (1, 1, 4, 2100), "NHWC")
+    graph = Graph("f", lambda x: forms.linear(x, kernel), (x,), Tensor("y", (1, 1, 4, 4096), ""))
+    lowering.write([graph], tmp_path / "f.tflite")
+    quantize.write(tmp_path / "f.tflite", tmp_path / "q.tflite", quantize.recipe("int8"))
+    given = np.random.default_rng(1).standard_normal(x.shape, np.float32)
+    (y,) = verify.run(tmp_path / "q.tflite", "f", [{"x": given}])
+    assert manifest.psnr(y, given @ kernel) >= 45
+
+
 def test_int8_is_a_gpu_variant(files, params, tmp_path, gpu):
     file, graphs = files["vae_decoder"]
     quantize.write(file, tmp_path / "q.tflite", quantize.recipe("int8"))
@@ -337,3 +433,17 @@ def test_the_command(tmp_path, capsys):
     assert found == {"fp16/vae_decoder.tflite", "int8/vae_decoder.tflite"}
     assert run("convert.tflite", *flags[:2], "--height=40") == 2
     assert "multiple of 16" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+def test_the_command_for_the_text_tower(tmp_path, capsys):
+    flags = ["--random=nano", f"--out={tmp_path}", "--parts=text_encoder", "--prompt_length=10"]
+    assert run("convert.tflite", *flags, "--text_parts=2", "--check=64") == 0
+    out = capsys.readouterr().out
+    assert out.count("lint clean") == 4 and out.count("on the CPU") == 2
+    found = {os.path.relpath(file, tmp_path) for file in tmp_path.rglob("*.tflite")}
+    assert found == {"fp16/text_encoder_1.tflite", "fp16/text_encoder_2.tflite"}
+    for count, said in (("4", "the text tower has 3 layers"), ("0", "positive"), ("x", "int()")):
+        assert run("convert.tflite", *flags, f"--text_parts={count}") == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "text_parts" in err and said in err, err
