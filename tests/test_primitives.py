@@ -1,9 +1,12 @@
-"""The primitives against float64 formulas; the two lowerings of the depthwise convolution."""
+"""The primitives against float64 formulas; the convolutions' lowerings against lax's."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from dreamlite_jax.models import depthwise, primitives
 from dreamlite_jax.models.layers import add_bias
@@ -112,6 +115,87 @@ def test_contract_keeps_gradients_in_the_operands_dtype():
     exact = jax.grad(loss, argnums=(0, 1))(x.astype(np.float32), w.astype(np.float32))
     for ours, true in zip(gradient(x, w), exact, strict=True):
         np.testing.assert_allclose(ours.astype(np.float32), true, rtol=0.03, atol=0.1)
+
+
+def convolutions(x, kernel, stride):
+    """Ours and lax's, as a reader of PyTorch would write it."""
+    pad = kernel.shape[0] // 2
+    dims = ("NHWC", "HWIO", "NHWC")
+
+    def lax_conv(x, kernel):
+        window = (stride, stride), [(pad, pad)] * 2
+        return lax.conv_general_dilated(x, kernel, *window, dimension_numbers=dims)
+
+    return lambda x, kernel: PLAIN.conv(x, kernel, stride), lax_conv
+
+
+class TestConvolution:
+    """The primitive with its own gradients against lax's."""
+
+    x, turned = draw(2, 6, 7, 5), draw(2, 6, 7, 5, seed=1)
+
+    def agree(self, ours, theirs, tolerance=1e-6):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            close(np.float32(a), np.float32(b), tolerance)
+
+    @pytest.mark.parametrize("width", [1, 3, 5])
+    @pytest.mark.parametrize("stride", [1, 2, 3])
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    @pytest.mark.parametrize("looped", [False, True])
+    def test_gradients(self, width, stride, dtype, looped):
+        x, kernel = jnp.asarray(self.x, dtype), jnp.asarray(draw(width, width, 5, 4), dtype)
+
+        def gradients(conv):
+            y, vjp = jax.vjp(conv, x, kernel)
+            g = jnp.asarray(draw(*y.shape, seed=2), dtype)
+            if not looped:
+                return y, jax.jit(vjp)(g)
+            return y, jax.jit(lambda gs: lax.map(vjp, gs))(g[None])
+
+        self.agree(*map(gradients, convolutions(x, kernel, stride)))
+
+    @pytest.mark.parametrize("order", ["jvp", "grad of grad", "grad of vmap", "vmap of grad"])
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_every_mode_of_differentiation(self, order, stride):
+        kernel = draw(3, 3, 5, 4, seed=2)
+
+        def result(conv):
+            def loss(x, kernel):
+                return jnp.sum(jnp.sin(conv(x, kernel)))
+
+            by_both = jax.grad(loss, argnums=(0, 1))
+            xs, kernels = np.stack([self.x, self.turned]), np.stack([kernel, kernel[::-1]])
+            square = lambda *given: sum(jnp.sum(g**2) for g in by_both(*given))  # noqa: E731
+            return {
+                "jvp": lambda: jax.jvp(conv, (self.x, kernel), (self.turned, kernel[::-1])),
+                "grad of grad": lambda: jax.grad(square, argnums=(0, 1))(self.x, kernel),
+                "grad of vmap": lambda: jax.grad(
+                    lambda k: jnp.sum(jax.vmap(loss, (0, None))(xs, k))
+                )(kernel),
+                "vmap of grad": lambda: jax.vmap(by_both)(xs, kernels),
+            }[order]()
+
+        self.agree(*map(result, convolutions(self.x, kernel, stride)), 1e-5)
+
+    @pytest.mark.parametrize("platform", ["cpu", "tpu"])
+    def test_the_order_of_axes(self, platform):
+        """On the CPU all three have the order that is fast in loops, elsewhere lax's gradients."""
+        kernel = draw(3, 3, 5, 4)
+
+        def orders(conv):
+            def loss(x, kernel):
+                return jnp.sum(conv(x, kernel) ** 2)
+
+            traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(self.x, kernel)
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+            return sorted(re.findall(r"dim_numbers = (.+?), window", text))
+
+        ours, theirs = map(orders, convolutions(self.x, kernel, 2))
+        assert len(ours) == 3
+        assert ours == (
+            ["[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"] * 3 if platform == "cpu" else theirs
+        )
 
 
 class TestDepthwise:

@@ -1,20 +1,18 @@
 """The depthwise 3x3 convolution: one bilinear operation, two lowerings.
 
 XLA's grouped convolution on TPU and GPU; on the CPU, where that is tens of times slower than it
-could be, nine shifted multiply-adds. It is a JAX primitive, because a choice of platform within a
-function with a hand-written gradient would leave either forward mode or second derivatives behind:
-here each transpose is again one of the two primitives, so every order and mode works.
+could be, nine shifted multiply-adds. Each transpose is again one of the two primitives here (see
+`bilinear`).
 
 Shapes: x and y [B, H, W, C], zero-padded to the same size; kernel [3, 3, 1, C].
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+
+from dreamlite_jax.models import bilinear
 
 
 def depthwise_conv(x: Array, kernel: Array) -> Array:
@@ -64,16 +62,6 @@ def _taps(x: Array) -> list[Array]:
 # --- The two primitives ---------------------------------------------------------------------------
 
 
-def _primitive(name: str, abstract: Callable, cpu: Callable, default: Callable) -> Primitive:
-    primitive = Primitive(name)
-    primitive.def_abstract_eval(abstract)
-    primitive.def_impl(lambda *operands: jax.jit(primitive.bind)(*operands))
-    mlir.register_lowering(primitive, mlir.lower_fun(default, multiple_results=False))
-    mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
-    batching.primitive_batchers[primitive] = lambda args, dims: _batched(primitive, args, dims)
-    return primitive
-
-
 def _batched(primitive: Primitive, args: tuple, dims: tuple) -> tuple[Array, int]:
     """A mapped axis becomes channels: they do not mix."""
     n = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
@@ -91,21 +79,24 @@ def _turned(kernel: Array) -> Array:
     return kernel[::-1, ::-1]
 
 
-_convolve = _primitive("depthwise_conv", lambda x, kernel: x.update(), shifted, grouped)
-_kernel_gradient = _primitive(
+_convolve = bilinear.operation(
+    "depthwise_conv", lambda x, kernel: x.update(), shifted, grouped, _batched
+)
+_kernel_gradient = bilinear.operation(
     "depthwise_kernel_gradient",
     lambda x, g: x.update(shape=(3, 3, 1, x.shape[-1])),
     _shifted_gradient,
     _grouped_gradient,
+    _batched,
 )
-# Both are bilinear. By x the convolution's transpose is itself with the kernel turned round, by the
-# kernel it is the kernel's gradient; and the same again for that.
-ad.defbilinear(
+# By x the convolution's transpose is itself with the kernel turned round, by the kernel it is the
+# kernel's gradient; and the same again for that.
+bilinear.transposes(
     _convolve,
     lambda g, x, kernel: _convolve.bind(g, _turned(kernel)),
     lambda g, x, kernel: _kernel_gradient.bind(x, g),
 )
-ad.defbilinear(
+bilinear.transposes(
     _kernel_gradient,
     lambda dk, x, g: _convolve.bind(g, _turned(dk)),
     lambda dk, x, g: _convolve.bind(x, dk),

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from dreamlite_jax.models.convolution import conv
 from dreamlite_jax.models.depthwise import depthwise_conv
 
 PRODUCT = "product"  # the name of results that are worth saving for a gradient, see `blocks`
@@ -132,18 +133,6 @@ def linear(x: Array, kernel: Array) -> Array:
     2-D)."""
     y = contract("mi,io->mo", x.reshape(-1, x.shape[-1]), kernel)
     return checkpoint_name(y.reshape(*x.shape[:-1], kernel.shape[-1]), PRODUCT)
-
-
-def conv(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """Convolution of x [B, H, W, I] with an odd square kernel [k, k, I, O], zero-padded k // 2 on
-    *both* sides.
-
-    With stride 2 this is PyTorch's padding=1, not XLA's SAME, which would pad one side only.
-    """
-    pad = kernel.shape[0] // 2
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 class Primitives(NamedTuple):

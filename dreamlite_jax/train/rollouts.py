@@ -259,9 +259,6 @@ def make_step(loss_fn: LossFn, optimisation: stages.Optimisation, updates: int) 
             same = state._replace(step=new.step)
             return jax.tree.map(lambda a, b: jnp.where(learns, a, b), new, same), found
 
-        if updates == 1:  # in a loop, XLA's CPU compiler makes a gradient ten times as slow
-            state, found = one(state, (batch["rows"], 0))
-            return state, {**batch["metrics"], **found}
         rows = split_rows(batch["rows"], updates)
         state, found = lax.scan(one, state, (rows, jnp.arange(updates)))
         means = {name: jnp.nanmean(values) for name, values in found.items()}
