@@ -16,5 +16,5 @@ def get_config(variant=None):
     config.validation = tuple(
         {"source": "shapes:demo:held_out", "task": task} for task in ("t2i", "edit")
     )
-    config.steps = 2000
+    config.steps = 1800
     return finished(config, variant)

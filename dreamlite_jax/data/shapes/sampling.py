@@ -34,7 +34,7 @@ from dreamlite_jax.data.shapes.world import (
 )
 
 # Counts up whenever a seed and an index give another sample than before.
-VERSION = 4
+VERSION = 3
 SPLITS = ("train", "iid", "held_out", "all")
 EDITS = ("recolour", "reshape", "resize", "move", "remove", "add", "ground")
 Pair = tuple[str, str]  # (shape, colour)
@@ -46,8 +46,7 @@ class Settings:
 
     Probabilities `open_*` are of a caption leaving that attribute of a thing out (an attribute that
     is not there, such as a place between left and right, is left out anyway); `jitter` 1 lets
-    things lie anywhere, 0 on the crossings of a 3 x 3 grid; `lattice` N rounds their centres to
-    multiples of 1 / N. ValueError names what is wrong.
+    things lie anywhere, 0 on the crossings of a 3 x 3 grid. ValueError names what is wrong.
     """
 
     shapes: tuple[str, ...]
@@ -60,7 +59,6 @@ class Settings:
     edge: float = 0.04  # least distance of an outline from the border
     gap: float = 0.08  # and of outlines from each other
     jitter: float = 1.0
-    lattice: int = 0  # 0: anywhere
     open_shape: float = 0.15
     open_colour: float = 0.25
     open_size: float = 0.6
@@ -93,7 +91,6 @@ class Settings:
             1 <= len(self.counts) <= 3 and min(self.counts) >= 0 < max(self.counts),
             "counts must be one to three frequencies, not all 0",
         )
-        check(self.lattice >= 0, "lattice must be 0 or a number of steps")
         check(self.edge >= 0 and self.gap >= 0, "edge and gap must not be negative")
         # What the judge can tell: neither too small nor too large, and clearly one or the other.
         radii = (0.1, *self.small, 0.96 * SIZE_SPLIT, 1.04 * SIZE_SPLIT, *self.large, 0.27)
@@ -115,9 +112,9 @@ DEMO = Settings(
     grounds=("white", "black", "navy"),
     held_out=(("circle", "blue"), ("square", "pink"), ("triangle", "red"), ("cross", "yellow")),
     counts=(0.75, 0.25),
-    small=(0.155, 0.16),
-    large=(0.2, 0.21),
-    lattice=8,
+    small=(0.16, 0.175),
+    large=(0.22, 0.245),
+    jitter=0.4,
 )
 HARD = Settings(
     shapes=SHAPES,
@@ -314,14 +311,12 @@ def _place_things(
 
 
 def _position(settings: Settings, rng: np.random.Generator, near: float) -> tuple[float, float]:
-    """Uniform where a thing that reaches `near` fits; the jitter draws it to a 3 x 3 grid, and the
-    lattice rounds it."""
+    """Uniform where a thing that reaches `near` fits; the jitter draws it to a 3 x 3 grid."""
     xy = []
     for _ in range(2):
         free = near + rng.random() * max(0.0, 1 - 2 * near)
         anchor = min((near, 0.5, 1 - near), key=lambda a: abs(a - free))
-        place = anchor + settings.jitter * (free - anchor)
-        xy.append(round(place * settings.lattice) / settings.lattice if settings.lattice else place)
+        xy.append(anchor + settings.jitter * (free - anchor))
     return xy[0], xy[1]
 
 
