@@ -200,8 +200,8 @@ def sample_fn(
     scored: Callable[[np.ndarray], Sequence[str]] | None = None,
 ) -> Callable[[Any, Any, int], Predictions]:
     """A predict_fn: a sheet of what the averaged network makes of the batch's conditions, always
-    from the same noise: source (of edits) | sample | target; `scored` says something of every
-    sample, uint8 [B, H, W, 3].
+    from the same noise: source (of edits) | sample | target as the autoencoder shows it | target
+    (where the batch has pictures); `scored` says something of every sample, uint8 [B, H, W, 3].
 
     The few rows are not spread: every device makes all of them.
     """
@@ -217,6 +217,9 @@ def sample_fn(
         made, target = sampled(config, params, batch, null, noise, sigmas, context_length, guidance)
         made, target = (pictures.to_bytes(np.asarray(x)) for x in (made, target))
         rows = [[made[k], target[k]] for k in range(b)]
+        if "target" in batch:
+            targets = pictures.to_bytes(np.asarray(batch["target"]))
+            rows = [[*row, original] for row, original in zip(rows, targets, strict=True)]
         said = captions
         if scored is not None:
             said = [f"{a}: {b}" for a, b in zip(scored(made), captions, strict=True)]
