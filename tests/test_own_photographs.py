@@ -44,7 +44,7 @@ def test_from_a_folder_to_pictures(cache, tmp_path, monkeypatch):
     train("phase1_t2i", cache, f"--workdir={phase1}", f"--config.init_from={autoencoder}")
     assert checkpoint.latest_step(phase1) == 2
     # Drawn, as the autoencoder shows it, and the photograph itself.
-    with Image.open(f"{phase1}/samples/000002_sample.png") as sheet:
+    with Image.open(f"{phase1}/samples/0000002_sample.png") as sheet:
         assert sheet.width == 3 * 128 + 4 * 8
 
     model = "--out=runs/photographs/model"
