@@ -49,10 +49,12 @@ def files(config: system.Config, text_parts: int = 1, names: Iterable[str] = PAR
     tower = [layers[start:stop] for start, stop in itertools.pairwise(bounds)]
     found = []
     for name in names:
-        if name == "text_encoder" and text_parts > 1:
-            found += [File(name, f"{name}_{k}", part) for k, part in enumerate(tower, 1)]
+        if name != "text_encoder":
+            found.append(File(name, name))
+        elif text_parts == 1:
+            found.append(File(name, name, layers))
         else:
-            found.append(File(name, name, layers if name == "text_encoder" else None))
+            found += [File(name, f"{name}_{k}", part) for k, part in enumerate(tower, 1)]
     return found
 
 
@@ -109,12 +111,10 @@ def parameters(config: system.Config, file: File, model: str | None) -> pretrain
     the text encoder no others than the file needs."""
     network = PARTS[file.part]
     component = system.NETWORKS[network]
+    modules = None if file.layers is None else graphs.text_modules(config, file.layers)
 
     def wanted(path: pretrained.Path_) -> bool:
-        if file.layers is None:
-            return True
-        tower = path[:2] == ("model", "language_model")
-        return tower and path[2] in graphs.text_modules(config, file.layers)
+        return modules is None or (path[:2] == ("model", "language_model") and path[2] in modules)
 
     if model is None:
         return tiny.random_params(component, getattr(config, network), wanted=wanted)
