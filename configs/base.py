@@ -27,6 +27,9 @@ def base() -> ConfigDict:
     config.unet = ""
     config.overrides = ConfigDict()  # of the U-Net's hyper-parameters, by their diffusers names
     config.autoencoder = ConfigDict()  # likewise of a fresh autoencoder (stage "autoencoder")
+    # Zeros beside what is generated, not edited, as the released model has them. False halves the
+    # U-Net's work as long as there are no edits; what trains on with the pane soon knows it.
+    config.pane = True
     config.train = ("unet",)  # networks that are trained: "unet", "text_encoder", "vae"
     config.init_from = ""  # a run's workdir or a model directory; empty: fresh parameters
     config.dtype = "bfloat16"  # what networks compute in; parameters are float32

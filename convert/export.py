@@ -38,6 +38,11 @@ def main() -> None:
     made = origins.load_run(WORKDIR.value, STEP.value, PART.value)
     if out.resolve() == made.folder.resolve():
         raise cli.CommandError(f"--out {out} is the run's own model directory; name another")
+    if not made.config.pane:
+        raise cli.CommandError(
+            f"{WORKDIR.value}: its network does without the source's pane (config.pane was False), "
+            "which no pipeline does; train on with the pane, if only for some hundred steps"
+        )
     system.save(made, out, DTYPES[DTYPE.value])
     total = sum(x.size for x in jax.tree.leaves(made.params))
     print(f"{out}: {system.PIPELINES[made.config.mobile]}, {total:,} parameters")

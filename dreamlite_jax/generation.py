@@ -135,8 +135,13 @@ def generate(
       settings: as `resolve` returns them.
       sources: N RGB pictures to edit, of any size; None: generate.
       on_step: see `sampling.sample`.
+
+    Raises:
+      SettingsError: pictures to edit by a model that has never seen any (`Config.pane`).
     """
     config, params = system.config, system.params
+    if sources is not None and not config.pane:
+        raise SettingsError("this model was trained without the source's pane: it cannot edit")
     mode = GENERATE if sources is None else EDIT
     scales = {settings.guidance} | ({settings.image_guidance} if sources is not None else set())
     guided = not config.mobile and scales != {1}  # by 1 is by nothing

@@ -50,8 +50,10 @@ _INDEX, _PROMPTS, _SCHEDULER = "model_index.json", "prompts.json", "scheduler_co
 class Config(NamedTuple):
     """All that is static about a model.
 
-    `dtype` is what the networks compute in, `remat` what the U-Net computes again for its gradient
-    (`blocks.rematerialised`), `ops` the form of the primitives.
+    `pane`: what is generated, not edited, has zeros beside it, as released; a U-Net that has only
+    ever generated does without and has half the work (`no_source`). `dtype` is what the networks
+    compute in, `remat` what the U-Net computes again for its gradient (`blocks.rematerialised`),
+    `ops` the form of the primitives.
     """
 
     unet: UNetConfig
@@ -61,6 +63,7 @@ class Config(NamedTuple):
     drop: DropCounts = DropCounts()
     image_side: int = prompts.IMAGE_SIDE
     mobile: bool = False
+    pane: bool = True
     dtype: Any = jnp.float32
     remat: str = "none"
     ops: Primitives = PLAIN
@@ -93,8 +96,8 @@ class Texts(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What the U-Net sees beside xt: texts, source latents [B, h, w, c] (zeros: none), time_ids
-    float32 [B, 2]."""
+    """What the U-Net sees beside xt: texts, source latents [B, h, w, c] (`no_source`: none),
+    time_ids float32 [B, 2]."""
 
     texts: Texts
     source: Array
@@ -170,6 +173,13 @@ def time_ids(height: int, width: int, batch: int) -> Array:
     return jnp.tile(jnp.array([[width, height]], jnp.float32), (batch, 1))
 
 
+def no_source(config: Config, latents: Array) -> Array:
+    """The source beside latents [B, h, w, c] that are generated: zeros of that shape, or, of a
+    config without the pane, of width 0."""
+    b, h, w, c = latents.shape
+    return jnp.zeros((b, h, w if config.pane else 0, c), latents.dtype)
+
+
 def velocity(config: Config, params: Params, xt: Array, sigma: Array, at: Condition) -> Array:
     """v [B, h, w, c] of xt [B, h, w, c] at sigma, a scalar or [B]; params of the U-Net.
 
@@ -227,7 +237,7 @@ def sample_latents(
       image_guidance: of the source, with `null` in edit mode. Static: 1 saves a branch.
       method, on_step: see `sampling.sample`.
     """
-    blank, b = jnp.zeros_like(noise), noise.shape[0]
+    blank, b = no_source(config, noise), noise.shape[0]
     factor = config.vae.factor
     sizes = time_ids(noise.shape[1] * factor, noise.shape[2] * factor, b)
     model = functools.partial(velocity, config, params)

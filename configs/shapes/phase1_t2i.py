@@ -11,13 +11,14 @@ from configs.base import base, finished
 def get_config(variant=None):
     config = base()
     config.init_from = "runs/shapes/autoencoder"
+    config.pane = False  # no edits yet: twice the steps in a minute, and none the worse
     config.train = ("unet", "text_encoder")
     config.model, config.image_size, config.text_length = "shapes", 32, 72
     config.dtype = "float32"
     config.data = ({"source": "shapes:demo:train", "task": "t2i"},)
     config.validation = ({"source": "shapes:demo:held_out", "task": "t2i"},)
     config.batch_size = 32
-    config.steps = 2400
+    config.steps = 4000
     config.optim.lr = 2e-3
     config.optim.schedule, config.optim.decay_from = "linear", 0.5
     config.optim.warmup = 100

@@ -10,6 +10,7 @@ from configs.shapes import phase1_t2i
 def get_config(variant=None):
     config = phase1_t2i.get_config()
     config.init_from = "runs/shapes/phase1"
+    config.pane = True
     config.data = ({"source": "shapes:demo:train", "task": "edit"},)
     config.validation = ({"source": "shapes:demo:held_out", "task": "edit"},)
     config.text_length = 120

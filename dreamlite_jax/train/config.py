@@ -141,6 +141,7 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
     if distill:
         problems += distillation.problems(distill, raw.steps)
     found = attempt(_origins, raw, workdir, model_dir)
+    problems += _without_pane(raw, recipe, validation, found)
     if config and found:
         used = {name: found[name] for name in networks_of(raw)}
         problems += attempt(origins.problems, used, config) or []
@@ -262,7 +263,7 @@ def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
     if raw.stage != AUTOENCODER and problems:
         raise ConfigError("; ".join(problems))
     blocks.split_remat(raw.remat)
-    return config._replace(unet=network, vae=vae, remat=raw.remat)
+    return config._replace(unet=network, vae=vae, remat=raw.remat, pane=raw.pane)
 
 
 def _origins(
@@ -277,6 +278,26 @@ def _origins(
             f"encoders are random; set model to {raw.init_from}, too"
         )
     return found
+
+
+def _without_pane(
+    raw: ConfigDict,
+    recipe: Recipe | None,
+    validation: Recipe | None,
+    found: Mapping[str, origins.Origin] | None,
+) -> list[str]:
+    """Where the pane beside the target is missed, a line each."""
+    problems = []
+    if not raw.pane and raw.stage not in (DIFFUSION, AUTOENCODER):
+        problems.append(f"pane is False, but the stage {raw.stage} makes a model that has it")
+    if not raw.pane and any(part and part.edits for part in (recipe, validation)):
+        problems.append("pane is False, but there are edits, whose source stands in it")
+    if raw.stage in (GRPO, DMD2) and found and origins.lacks_pane(found["unet"]):
+        problems.append(
+            f"{found['unet']} has never seen the source's pane (its config.pane was False); train "
+            "it on with the pane first"
+        )
+    return problems
 
 
 def _not_precomputed(

@@ -105,6 +105,11 @@ def is_mobile(origin: Origin) -> bool:
     return origin.kind == "run" and checkpoint.read_meta(origin.folder)[1].get("mobile", False)
 
 
+def lacks_pane(origin: Origin) -> bool:
+    """Whether a network comes from a run that did without the source's pane (`system.Config`)."""
+    return origin.kind == "run" and not checkpoint.read_meta(origin.folder)[1].get("pane", True)
+
+
 def described(origin: Origin) -> str:
     """An origin with the step of its checkpoint, which says whether it is still the same."""
     step = checkpoint.latest_step(origin.folder) if origin.kind == "run" else None
@@ -181,6 +186,7 @@ def meta_of(
         "trained_by": {name: o.folder for name, o in origins.items() if o.kind == "run"},
         "model_dir": str(model_dir.resolve()),
         "configs": {name: getattr(config, name).to_dict() for name in system.NETWORKS},
+        "pane": config.pane,
     }
 
 
@@ -208,7 +214,7 @@ def load_run(
         for name, component in system.NETWORKS.items()
     }
     made_mobile = meta.get("mobile", base.mobile) if mobile is None else mobile
-    config = base._replace(**networks, mobile=made_mobile)
+    config = base._replace(**networks, mobile=made_mobile, pane=meta.get("pane", True))
     runs, inside = meta["trained_by"], meta.get("inside", "")
     params = {}
     for name, network in networks.items():

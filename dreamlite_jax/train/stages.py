@@ -118,7 +118,7 @@ def conditioned(
         x0 = encode(batch["target"])
         source = encode(batch["source"]) if "source" in batch else None
     if source is None:
-        source = jnp.zeros_like(x0)
+        source = system.no_source(config, x0)
     source = jnp.where(batch["has_source"][:, None, None, None], source, 0)
     if "context" in batch:
         texts = Texts(batch["context"], batch["context_mask"])

@@ -1,0 +1,96 @@
+"""Training that only generates does without the pane that an edit's source stands in."""
+
+import commands
+import jax
+import numpy as np
+import pytest
+
+from configs import distill_dmd2, phase3_joint, rl_grpo
+from configs.shapes import phase1_t2i
+from dreamlite_jax import generation, system
+from dreamlite_jax.models.unet import UNet
+from dreamlite_jax.train import config as train_config
+from dreamlite_jax.train import stages
+from dreamlite_jax.train.checks import ConfigError
+
+
+@pytest.fixture(scope="module")
+def model(cache):
+    return system.load(cache / "model")
+
+
+def batch_of(config, b=2, side=32):
+    rng = np.random.default_rng(0)
+    return {
+        "target": rng.uniform(-1, 1, (b, side, side, 3)).astype(np.float32),
+        "has_source": np.zeros(b, bool),
+        "time_ids": np.full((b, 2), side, np.float32),
+        "context": rng.standard_normal((b, 6, config.unet.context_dim)).astype(np.float32),
+        "context_mask": np.ones((b, 6), bool),
+    }
+
+
+def test_the_network_sees_the_target_alone(model):
+    config = model.config._replace(pane=False)
+    x0, at = stages.conditioned(config, model.params, batch_of(config), 6)
+    b, h, _, c = x0.shape
+    assert at.source.shape == (b, h, 0, c)
+    inputs = x0, np.full(b, 500.0, np.float32), *at.texts, at.time_ids
+    wanted = jax.jit(UNet(config.unet).apply)({"params": model.params["unet"]}, *inputs)
+    got = jax.jit(system.velocity, static_argnums=0)(config, model.params["unet"], x0, 0.5, at)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    with_pane = stages.conditioned(model.config, model.params, batch_of(config), 6)[1]
+    assert with_pane.source.shape == x0.shape and not with_pane.source.any()
+
+
+def test_pictures_are_made_without_it_too(model):
+    config = model.config._replace(pane=False)
+    settings = generation.resolve(generation.Settings(height=32, width=32, steps=1), config)
+    noise = generation.initial_noise(config, 0, 32, 32)[None]
+    ((latents, picture),) = generation.generate(
+        model._replace(config=config), ["a red square"], noise, settings
+    )
+    assert picture.shape == (32, 32, 3)
+    ((other, _),) = generation.generate(model, ["a red square"], noise, settings)
+    assert latents.shape == other.shape and not np.allclose(latents, other, atol=1e-3)
+
+
+def test_it_cannot_edit(model):
+    config = model.config._replace(pane=False)
+    settings = generation.resolve(generation.Settings(height=32, width=32, steps=1), config)
+    noise = np.zeros((1, *generation.initial_noise(config, 0, 32, 32).shape), np.float32)
+    made = generation.generate(model._replace(config=config), ["no"], noise, settings, [None])
+    with pytest.raises(generation.SettingsError, match="without the source's pane"):
+        next(made)
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        (phase3_joint, "pane is False, but there are edits, whose source stands in it"),
+        (rl_grpo, "pane is False, but the stage grpo makes a model that has it"),
+        (distill_dmd2, "pane is False, but the stage dmd2 makes a model that has it"),
+    ],
+)
+def test_where_it_is_missed(module, message, cache, tmp_path):
+    config = module.get_config("quick")
+    config.model, config.pane = str(cache / "model"), False
+    with pytest.raises(ConfigError) as error:
+        train_config.opened(config, tmp_path)
+    assert message in str(error.value)
+
+
+def test_a_run_without_it(cache, tmp_path, capsys):
+    run, programs = tmp_path / "run", f"--compilation_cache={cache / 'programs'}"
+    config = "--config=configs/shapes/phase1_t2i.py:quick"
+    assert not phase1_t2i.get_config("quick").pane
+    flags = f"--config.model={cache / 'model'}", programs
+    assert commands.run("train", config, f"--workdir={run}", *flags) == 0
+
+    out = tmp_path / "exported"
+    assert commands.run("convert.export", f"--workdir={run}", f"--out={out}") == 2
+    assert "does without the source's pane" in capsys.readouterr().err and not out.exists()
+
+    student = "--config=configs/distill_dmd2.py:quick", f"--config.init_from={run}"
+    assert commands.run("train", *student, f"--workdir={tmp_path / 'student'}", *flags) == 2
+    assert f"the run {run} has never seen the source's pane" in capsys.readouterr().err
