@@ -17,6 +17,7 @@ def get_config(variant=None):
     config.dtype = "float32"
     config.data = ({"source": "shapes:demo:train", "task": "t2i"},)
     config.validation = ({"source": "shapes:demo:held_out", "task": "t2i"},)
+    config.loss.mean = 0.5  # more noise than usual, at which counts, sizes and places are decided
     config.batch_size = 32
     config.steps = 4000
     config.optim.lr = 2e-3

@@ -14,7 +14,7 @@ def get_config(variant=None):
     config.data = ({"source": "shapes:demo:train", "task": "edit"},)
     config.validation = ({"source": "shapes:demo:held_out", "task": "edit"},)
     config.text_length = 120
-    config.loss.weight_changed = True
+    config.loss.mean, config.loss.weight_changed = 0.0, True
     config.steps = 1600
     config.optim.lr = 1.5e-3
     return finished(config, variant)
