@@ -107,7 +107,7 @@ def quick(config: ConfigDict) -> ConfigDict:
         config.distill.score_lr, config.loss.guidance = 3e-4, 2.0
     config.image_size, config.max_ratio, config.text_length = 64, 1.0, 0
     config.model, config.unet, config.init_from = "tiny", "nano", ""
-    config.overrides = ConfigDict()
+    config.overrides, config.autoencoder = ConfigDict(), ConfigDict()
     config.dtype, config.remat = "float32", "none"
     config.workers, config.threads = 0, 1
     config.validation = ()

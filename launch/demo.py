@@ -6,9 +6,9 @@
 Autoencoder, text to image, editing, both, fine-tuning, reinforcement learning and distillation,
 each by `launch.train` with the configs of configs/shapes/; `launch.evaluate` after them, on prompts
 that training never saw; then the export, the bundles, and pictures by the bundles. OUT gets
-metrics.json and report.html. Ctrl-C saves and leaves with exit code 75; the same command goes on,
-and what is finished is not done again. --quick takes few steps of the smallest model: it shows that
-all works, and nothing of how well.
+metrics.json, report.html and picture.png. Ctrl-C saves and leaves with exit code 75; the same
+command goes on, and what is finished is not done again. --quick takes few steps of the smallest
+model: it shows that all works, and nothing of how well.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from dreamlite_jax import cli
-from launch.demos import comparing, plan, report, summary
+from launch.demos import comparing, picture, plan, report, summary
 from launch.files import write_json
 
 OUT = flags.DEFINE_string("out", "runs/demo", "folder for everything that the demo makes")
@@ -46,10 +46,11 @@ def main() -> None:
 
 
 def finish(made: plan.Plan, out: Path) -> None:
-    """metrics.json and report.html, and a few lines of both."""
+    """metrics.json, report.html and picture.png, and a few lines of the first."""
     found = summary.collect(made.folder, made.quick, made.seed)
     write_json(out / "metrics.json", found)
     report.write(out / "report.html", made.folder, found)
+    picture.write(out / "picture.png", made.folder)
     for line in summary.said(found):
         print(line)
     print(f"{out / 'report.html'}: all of it, with pictures")

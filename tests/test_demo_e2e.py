@@ -9,6 +9,7 @@ import time
 import browser
 import commands
 import pytest
+from PIL import Image
 
 from launch.demos import plan, summary
 
@@ -49,6 +50,8 @@ def test_the_quick_demo(cache, tmp_path):
     assert found["minutes"] > 0 and found["quick"]
     trained = {stage.config for stage in plan.STAGES}
     assert trained <= {step.stem for step in done.glob("*.json")}
+    with Image.open(tmp_path / "picture.png") as drawn:
+        assert drawn.width > 1000 and len(drawn.getcolors(1 << 20)) > 100
     for width in (390, 1280):
         seen = browser.seen(tmp_path / "report.html", width)
         assert seen["images"] > 20 and not seen["broken"]

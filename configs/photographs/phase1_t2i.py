@@ -5,12 +5,15 @@
 """
 
 from configs.base import finished
+from configs.photographs import autoencoder
 from configs.shapes import phase1_t2i
 
 
 def get_config(variant=None):
     config = phase1_t2i.get_config()
     config.init_from = "runs/photographs/autoencoder"
+    config.autoencoder = autoencoder.get_config().autoencoder
+    config.pane, config.loss.mean = True, 0.0  # what is exported has the pane
     config.image_size, config.text_length = 64, 128
     config.overrides = {"sample_size": 16}  # launch.sample then draws 64 px
     config.data = ({"source": "runs/photographs/set"},)
