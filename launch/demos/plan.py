@@ -34,21 +34,20 @@ STAGES = (
         "Autoencoder",
         "Turns pictures into small latents and back. It sees every pair of shape and "
         "colour, so that what is held out later tests the model and not the decoder.",
-        170,
+        200,
     ),
     Stage(
         "phase1_t2i",
         "Text to image",
         "Learns to draw what a caption says, and to read captions on the way. Four pairs of "
         "shape and colour are never shown.",
-        450,
+        560,
         ({"name": "pretrain", "task": ["t2i"], **GUIDED},),
     ),
     Stage(
         "phase2_edit",
         "Editing",
-        "Learns to change one thing of a picture and leave the rest alone. Pixels that "
-        "change weigh more.",
+        "Learns to change one thing of a picture and leave the rest alone.",
         390,
         (
             {"name": "edit", "task": ["t2i"], **GUIDED},
