@@ -1,12 +1,10 @@
 """Training that only generates does without the pane that an edit's source stands in."""
 
-import commands
 import jax
 import numpy as np
 import pytest
 
 from configs import distill_dmd2, phase3_joint, rl_grpo
-from configs.shapes import phase1_t2i
 from dreamlite_jax import generation, system
 from dreamlite_jax.models.unet import UNet
 from dreamlite_jax.train import config as train_config
@@ -78,19 +76,3 @@ def test_where_it_is_missed(module, message, cache, tmp_path):
     with pytest.raises(ConfigError) as error:
         train_config.opened(config, tmp_path)
     assert message in str(error.value)
-
-
-def test_a_run_without_it(cache, tmp_path, capsys):
-    run, programs = tmp_path / "run", f"--compilation_cache={cache / 'programs'}"
-    config = "--config=configs/shapes/phase1_t2i.py:quick"
-    assert not phase1_t2i.get_config("quick").pane
-    flags = f"--config.model={cache / 'model'}", programs
-    assert commands.run("train", config, f"--workdir={run}", *flags) == 0
-
-    out = tmp_path / "exported"
-    assert commands.run("convert.export", f"--workdir={run}", f"--out={out}") == 2
-    assert "does without the source's pane" in capsys.readouterr().err and not out.exists()
-
-    student = "--config=configs/distill_dmd2.py:quick", f"--config.init_from={run}"
-    assert commands.run("train", *student, f"--workdir={tmp_path / 'student'}", *flags) == 2
-    assert f"the run {run} has never seen the source's pane" in capsys.readouterr().err

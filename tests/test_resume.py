@@ -88,20 +88,25 @@ def test_a_run_that_diverges_ends_in_one_line_and_keeps_what_it_had(cache, tmp_p
     assert step > 1 and arrays
 
 
-def test_runs_start_from_runs(undisturbed, cache, tmp_path):
-    """The autoencoder of the first, the encoder of the second, the U-Net of the last."""
+def test_runs_start_from_runs(undisturbed, cache, tmp_path, capsys):
+    """The autoencoder of the first, the encoder of the second, the U-Net of the last. The second
+    has no pane, and so is no model yet, and no teacher."""
     first, second = undisturbed("autoencoder"), tmp_path / "phase1"
     flags = ("--config.steps=1", "--config.checkpoint.every=0")
     said = training.run("shapes/phase1_t2i", second, cache, *flags, f"--config.init_from={first}")
     assert f"vae: frozen, from the run {first}" in said
     assert "unet: trained, from scratch" in said
+    out = tmp_path / "model"
+    assert commands.run("convert.export", f"--workdir={second}", f"--out={out}") == 2
+    assert "does without the source's pane" in capsys.readouterr().err and not out.exists()
+    student = "distill_dmd2", tmp_path / "student", cache, f"--config.init_from={second}"
+    assert "has never seen the source's pane" in training.run(*student, code=2).splitlines()[-1]
     third = tmp_path / "sft"
     said = training.run("shapes/sft", third, cache, *flags, f"--config.init_from={second}")
     assert f"vae: frozen, from the run {first}" in said
     assert f"text_encoder: frozen, from the run {second}" in said
     assert f"unet: trained, from the run {second}" in said
 
-    out = tmp_path / "model"
     assert commands.run("convert.export", f"--workdir={third}", f"--out={out}") == 0
     exported = system.load(out)
     for name, workdir in (("vae", first), ("text_encoder", second), ("unet", third)):

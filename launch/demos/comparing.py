@@ -1,8 +1,8 @@
 """Several demos side by side, and the order of their stages against training on both tasks at once.
 
 The direct way takes the same compute and the same schedule: for each of the three stages of
-pretraining it makes a run on both tasks with that stage's learning rate, warmup and decay, of as
-many steps as the stage's floating-point operations pay for.
+pretraining it makes a run on both tasks with that stage's learning rate, warmup, decay and noise,
+of as many steps as the stage's floating-point operations pay for.
 """
 
 import importlib
