@@ -372,7 +372,7 @@ def test_validation_s_texts_have_room_of_their_own(quick, monkeypatch, tmp_path)
     lengths = []
     monkeypatch.setattr(stages, "diffusion_loss", lambda config, length, _: lengths.append(length))
     edits = {"source": "shapes:quick:held_out", "task": "edit"}
-    config = quick(phase1_t2i, data=(T2I,), validation=(edits,), sample__rows=1, batch_size=1)
+    config = quick(phase1_t2i, pane=True, data=(T2I,), validation=(edits,), batch_size=1)
     train_config.make_stage(train_config.opened(config, tmp_path))
     assert lengths == [256 - 34, 512 - 64]
 
