@@ -21,7 +21,7 @@ def get_config(variant=None):
         for task in ("t2i", "edit")
     )
     config.batch_size = 128
-    config.steps = 80
+    config.steps = 120
     config.rl = rl_grpo.rollouts()
     config.rl.group, config.rl.updates, config.rl.parts = 16, 1, 1
     config.rl.rewards = (
@@ -36,6 +36,6 @@ def get_config(variant=None):
     config.optim.schedule, config.optim.warmup = "constant", 5
     config.ema_decay = 0.9
     config.patience = 0
-    config.log.every, config.checkpoint.every, config.sample.every = 5, 40, 40
+    config.log.every, config.checkpoint.every, config.sample.every = 5, 60, 60
     config.sample.steps, config.sample.guidance = 10, 1.0
     return finished(config, variant)

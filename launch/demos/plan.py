@@ -72,7 +72,7 @@ STAGES = (
         "rl_grpo",
         "Reinforcement learning",
         "Draws a group of pictures for each prompt; those that the judge prefers become likelier.",
-        260,
+        330,
         (
             {"name": "rl", "diversity": 16, **GUIDED},
             {"name": "teacher_4step", "diversity": 16, **FEW},
