@@ -26,9 +26,11 @@ def base() -> ConfigDict:
     # Another U-Net's preset: "dreamlite", "tiny", "nano"; empty: that of config.model.
     config.unet = ""
     config.overrides = ConfigDict()  # of the U-Net's hyper-parameters, by their diffusers names
-    config.autoencoder = ConfigDict()  # likewise of a fresh autoencoder (stage "autoencoder")
+    # Likewise of a fresh autoencoder (stage "autoencoder"), and of the runs that start from it.
+    config.autoencoder = ConfigDict()
     # Zeros beside what is generated, not edited, as the released model has them. False halves the
-    # U-Net's work as long as there are no edits; what trains on with the pane soon knows it.
+    # U-Net's arithmetic as long as there are no edits; a later run learns the pane in a few hundred
+    # steps.
     config.pane = True
     config.train = ("unet",)  # networks that are trained: "unet", "text_encoder", "vae"
     config.init_from = ""  # a run's workdir or a model directory; empty: fresh parameters

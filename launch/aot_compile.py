@@ -132,6 +132,7 @@ def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
         text_encoder=None,
         dtype=train_config.DTYPES[raw.dtype],
         remat=raw.remat,
+        pane=raw.pane,
         ops=sharding.pinned(mesh),
     )
     batch = abstract_batch(raw, config)
@@ -195,6 +196,8 @@ def distilled_flops(
 def abstract_batch(raw: ConfigDict, config: system.Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch of stored latents and embeddings, in the square bucket."""
     edits = any(entry.get("task") == EDIT for entry in raw.data)
+    if problems := checks.without_pane(raw, edits):
+        raise cli.CommandError("; ".join(problems))
     b, side = raw.batch_size, raw.image_size // config.vae.factor
     tokens = (raw.text_length or pipeline.default_text_length(edits)) - min(DropCounts())
     latents = (b, side, side, config.vae.latent_channels)

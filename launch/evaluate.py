@@ -104,6 +104,7 @@ def main() -> None:
                 name = cell.variant.model
                 if name is not None and (model is None or model[0] != name):
                     model = (name, opened(name))
+                    check_tasks(cell.variant, model[1])
                 result = evaluated(cell, model[1] if name is not None else None, asked)
                 write_json(cell.file(".json"), result)
             result = read_json(cell.file(".json"))
@@ -146,6 +147,13 @@ def opened(folder: str) -> system.System:
     if checkpoint.folder_kind(folder) == "run":
         return origins.load_run(folder)
     return system.load(folder)
+
+
+def check_tasks(variant: Variant, model: system.System) -> None:
+    if mixture.EDIT in variant.task and not model.config.pane:
+        raise cli.CommandError(
+            f"{variant.model} was trained without the source's pane: it cannot edit; say --task=t2i"
+        )
 
 
 def evaluated(cell: Cell, model: system.System | None, asked: Any) -> dict[str, Any]:

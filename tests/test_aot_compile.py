@@ -78,6 +78,7 @@ def test_a_step_for_four_chips(config, tmp_path, capfd):
             ["--topology=v5e:2x2", "--config.unet=huge"],
             "unet is 'huge', known are dreamlite, tiny, nano",
         ),
+        (["--topology=v5e:2x2", "--config.pane=False"], "pane is False, but there are edits"),
         (["--config.mesh.data=3"], "mesh.data=3 x mesh.fsdp=-1 does not fit 16 devices"),
     ],
 )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dreamlite_jax import cli
-from launch.demos import charts, comparing, driver, plan, report, summary
+from launch.demos import charts, comparing, driver, picture, plan, report, summary
 from launch.demos.driver import Step
 from launch.files import read_json, write_json
 
@@ -322,6 +322,13 @@ def test_curves_stand_where_their_numbers_do():
     assert y0 < y2
     assert charts.curves("a", [charts.Curve([1], [float("nan")], "t2i")]) == ""
     assert charts.ticks(0.0, 1.0, False) == [0.0, 0.5, 1.0]
+
+
+def test_long_captions_end_in_dots():
+    assert picture.wrapped("a red square", 200) == "a red square"
+    lines = picture.wrapped("a picture of a blue circle and a pink triangle " * 3, 128).split("\n")
+    assert len(lines) == picture.LINES and lines[-1].endswith("...")
+    assert max(map(picture.font().getlength, lines)) <= 128
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,15 @@
 """Training that only generates does without the pane that an edit's source stands in."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import distill_dmd2, phase3_joint, rl_grpo
 from dreamlite_jax import generation, system
 from dreamlite_jax.models.unet import UNet
+from dreamlite_jax.train import checkpoint, origins, stages
 from dreamlite_jax.train import config as train_config
-from dreamlite_jax.train import stages
 from dreamlite_jax.train.checks import ConfigError
 
 
@@ -60,6 +61,16 @@ def test_it_cannot_edit(model):
     made = generation.generate(model._replace(config=config), ["no"], noise, settings, [None])
     with pytest.raises(generation.SettingsError, match="without the source's pane"):
         next(made)
+
+
+def test_a_run_that_did_not_train_the_unet_knows_what_the_one_before_knew(tmp_path):
+    before, own = tmp_path / "before", {"trained": ["text_encoder"], "trained_by": {}, "pane": True}
+    assert origins.learned_pane(own)
+    with checkpoint.open_manager(before) as manager:
+        meta = {"trained": ["unet"], "trained_by": {}, "pane": False}
+        checkpoint.save(manager, 1, {"x": jnp.ones(1)}, meta)
+    assert not origins.learned_pane(meta)
+    assert not origins.learned_pane({**own, "trained_by": {"unet": str(before)}})
 
 
 @pytest.mark.parametrize(

@@ -113,9 +113,9 @@ TINY = AutoencoderConfig(
 
 
 # A quarter of the side: for the shapes world at 32 px. The encoder's blocks let a thing's shape
-# make up more of the latents' variance, and so of the loss: without any, colours drown it. They
-# stand at half of the side, where they reach two latents far: what an edit leaves as it is keeps
-# its latents, and can be copied.
+# make up more of the latents' variance, and so of the loss: without any, colours drown it. At half
+# of the side they could reach five latents far, but hardly change what is two away once trained:
+# what an edit leaves as it is keeps its latents, and can be copied (BENCHMARKS.md).
 SHAPES = AutoencoderConfig(
     encoder_block_out_channels=(32, 32, 32),
     decoder_block_out_channels=(32, 32, 32),

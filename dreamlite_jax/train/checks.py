@@ -93,6 +93,16 @@ def wrong_rates(dropout: transforms.Dropout) -> list[str]:
     return found
 
 
+def without_pane(raw: ConfigDict, edits: bool) -> list[str]:
+    """Where the pane beside the target is missed, a line each; `edits`: whether there are any."""
+    found = []
+    if not raw.pane and raw.stage in (GRPO, DMD2):
+        found.append(f"pane is False, but the stage {raw.stage} makes a model that has it")
+    if not raw.pane and edits:
+        found.append("pane is False, but there are edits, whose source stands in it")
+    return found
+
+
 def _at(raw: ConfigDict, key: str) -> Any:
     for part in key.split("."):
         raw = raw[part]

@@ -138,10 +138,11 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
     distill = (
         attempt(distillation.settings_of, raw.distill, settings_of) if raw.stage == DMD2 else None
     )
-    if distill:
-        problems += distillation.problems(distill, raw.steps)
+    problems += distillation.problems(distill, raw.steps) if distill else []
     found = attempt(_origins, raw, workdir, model_dir)
-    problems += _without_pane(raw, recipe, validation, found)
+    problems += checks.without_pane(raw, any(r and r.edits for r in (recipe, validation)))
+    if raw.stage in (GRPO, DMD2) and found:
+        problems += attempt(origins.pane_problems, found["unet"]) or []
     if config and found:
         used = {name: found[name] for name in networks_of(raw)}
         problems += attempt(origins.problems, used, config) or []
@@ -278,26 +279,6 @@ def _origins(
             f"encoders are random; set model to {raw.init_from}, too"
         )
     return found
-
-
-def _without_pane(
-    raw: ConfigDict,
-    recipe: Recipe | None,
-    validation: Recipe | None,
-    found: Mapping[str, origins.Origin] | None,
-) -> list[str]:
-    """Where the pane beside the target is missed, a line each."""
-    problems = []
-    if not raw.pane and raw.stage not in (DIFFUSION, AUTOENCODER):
-        problems.append(f"pane is False, but the stage {raw.stage} makes a model that has it")
-    if not raw.pane and any(part and part.edits for part in (recipe, validation)):
-        problems.append("pane is False, but there are edits, whose source stands in it")
-    if raw.stage in (GRPO, DMD2) and found and origins.lacks_pane(found["unet"]):
-        problems.append(
-            f"{found['unet']} has never seen the source's pane (its config.pane was False); train "
-            "it on with the pane first"
-        )
-    return problems
 
 
 def _not_precomputed(

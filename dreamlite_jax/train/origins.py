@@ -110,6 +110,24 @@ def lacks_pane(origin: Origin) -> bool:
     return origin.kind == "run" and not checkpoint.read_meta(origin.folder)[1].get("pane", True)
 
 
+def pane_problems(origin: Origin) -> list[str]:
+    """What is wrong with a network that is to generate as released models do."""
+    if not lacks_pane(origin):
+        return []
+    return [
+        f"{origin} has never seen the source's pane (its config.pane was False); train it on with "
+        "the pane first"
+    ]
+
+
+def learned_pane(meta: Mapping[str, Any]) -> bool:
+    """Whether the U-Net of a run with this meta knows the pane: as the run says that trained it."""
+    if "unet" in meta["trained"]:
+        return meta.get("pane", True)
+    runs = meta["trained_by"]
+    return "unet" not in runs or not lacks_pane(Origin("run", runs["unet"]))
+
+
 def described(origin: Origin) -> str:
     """An origin with the step of its checkpoint, which says whether it is still the same."""
     step = checkpoint.latest_step(origin.folder) if origin.kind == "run" else None
@@ -214,7 +232,7 @@ def load_run(
         for name, component in system.NETWORKS.items()
     }
     made_mobile = meta.get("mobile", base.mobile) if mobile is None else mobile
-    config = base._replace(**networks, mobile=made_mobile, pane=meta.get("pane", True))
+    config = base._replace(**networks, mobile=made_mobile, pane=learned_pane(meta))
     runs, inside = meta["trained_by"], meta.get("inside", "")
     params = {}
     for name, network in networks.items():

@@ -59,14 +59,16 @@ def font() -> ImageFont.FreeTypeFont:
 
 def wrapped(caption: str, width: int) -> str:
     """The caption on up to LINES lines of `width` pixels; what is longer ends in dots."""
-    lines, known = [""], font()
-    for word in caption.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if known.getlength(longer) <= width:
-            lines[-1] = longer
-        elif len(lines) < LINES:
-            lines.append(word)
-        else:
-            lines[-1] += " ..."
+    words, known = caption.split(), font()
+    for kept in range(len(words), 0, -1):
+        shown = words if kept == len(words) else [*words[:kept], "..."]
+        lines = [shown[0]]
+        for word in shown[1:]:
+            longer = f"{lines[-1]} {word}"
+            if known.getlength(longer) <= width:
+                lines[-1] = longer
+            else:
+                lines.append(word)
+        if len(lines) <= LINES:
             break
-    return "\n".join(lines)
+    return "\n".join(lines[:LINES])
