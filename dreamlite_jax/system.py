@@ -51,7 +51,7 @@ class Config(NamedTuple):
     """All that is static about a model.
 
     `pane`: what is generated, not edited, has zeros beside it, as released; a U-Net that has only
-    ever generated does without and has half the work (`no_source`). `dtype` is what the networks
+    ever generated does without, at half the arithmetic (`no_source`). `dtype` is what the networks
     compute in, `remat` what the U-Net computes again for its gradient (`blocks.rematerialised`),
     `ops` the form of the primitives.
     """

@@ -126,13 +126,14 @@ def contact_sheet(
         text, font = _readable(caption)
         draw.text((_MARGIN, top), _fitted(draw, text, font, width - 2 * _MARGIN), "black", font)
         for j, picture in enumerate(row):
-            thumbnail = _thumbnail(picture, cell)
-            left = _MARGIN + j * (cell + _MARGIN) + (cell - thumbnail.width) // 2
-            sheet.paste(thumbnail, (left, top + _LINE + (cell - thumbnail.height) // 2))
+            shown = thumbnail(picture, cell)
+            left = _MARGIN + j * (cell + _MARGIN) + (cell - shown.width) // 2
+            sheet.paste(shown, (left, top + _LINE + (cell - shown.height) // 2))
     return sheet
 
 
-def _thumbnail(picture: np.ndarray | Image.Image, cell: int) -> Image.Image:
+def thumbnail(picture: np.ndarray | Image.Image, cell: int) -> Image.Image:
+    """A picture scaled to fit a square of `cell` pixels, as `contact_sheet` says."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     longest = max(image.size)
     if longest <= cell:

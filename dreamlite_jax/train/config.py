@@ -229,8 +229,7 @@ def _nothing_trained(raw: ConfigDict, config: system.Config, settings: optim.Set
 
 def model_dir_of(raw: ConfigDict, workdir: str | os.PathLike) -> Path:
     """The model directory of a run; a small random one is made in its workdir."""
-    made = raw.model in tiny.PRESETS
-    return Path(workdir) / f"{raw.model}_model" if made else Path(raw.model)
+    return Path(workdir) / f"{raw.model}_model" if raw.model in tiny.PRESETS else Path(raw.model)
 
 
 def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:

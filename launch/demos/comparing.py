@@ -22,10 +22,8 @@ NAME = "compare.json"
 PHASES = ("phase1_t2i", "phase2_edit", "phase3_joint")
 JOINT = PHASES[-1]
 # Of a stage's config, what makes its schedule.
-SCHEDULE = (
-    *("optim.lr", "optim.schedule", "optim.warmup", "optim.decay_from", "ema_decay"),
-    "loss.mean",  # how noisy what it trains on is
-)
+_OF_OPTIM = ("lr", "schedule", "warmup", "decay_from")
+SCHEDULE = (*(f"optim.{key}" for key in _OF_OPTIM), "ema_decay", "loss.mean")
 SPLITS = {"": "held-out", "_iid": "seen"}
 
 Table = dict[str, Any]  # title, note, head, rows of texts

@@ -44,8 +44,7 @@ def place(
     for images, right, caption in shown:
         start = left
         for image in images:
-            factor = max(1, SIDE // max(image.shape[:2]))
-            sheet.paste(Image.fromarray(image.repeat(factor, 0).repeat(factor, 1)), (left, top))
+            sheet.paste(pictures.thumbnail(image, SIDE), (left, top))
             box = (left - FRAME, top - FRAME, left + SIDE + FRAME - 1, top + SIDE + FRAME - 1)
             left += SIDE + GAP
         draw.rectangle(box, outline=RIGHT if right else WRONG, width=FRAME)
