@@ -32,6 +32,8 @@ CACHE = flags.DEFINE_string("compilation_cache", "~/.cache/dreamlite_jax", "as o
 
 def main() -> None:
     out, first = Path(OUT.value), SEED.value
+    # Its memory comes and goes with every step of a training: huge pages spare most page faults.
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     if QUICK.value:  # programs of ten steps: compiled fast rather than well
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     made = [plan.of(out, first + k, QUICK.value, CACHE.value) for k in range(SEEDS.value)]

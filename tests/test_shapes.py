@@ -17,6 +17,7 @@ from dreamlite_jax.data.shapes import (
     QUICK,
     SETTINGS,
     SPLITS,
+    TOLD,
     Scene,
     Spec,
     Thing,
@@ -29,7 +30,7 @@ from dreamlite_jax.data.shapes import (
     sample_t2i,
     satisfies,
 )
-from dreamlite_jax.data.shapes.world import in_place, reach, related
+from dreamlite_jax.data.shapes.world import MARGIN, PLACES, in_place, reach, related
 
 SAMPLERS = (sample_t2i, sample_edit)
 NAMES = {"shape": shapes.SHAPES, "colour": tuple(shapes.COLOURS), "ground": tuple(shapes.GROUNDS)}
@@ -101,6 +102,21 @@ def test_samples_stay_what_they_were():
     assert instructions == GOLDEN_INSTRUCTIONS
     thing = sample_t2i(DEMO, "train", 0, 0).scene.things[0]
     np.testing.assert_allclose((thing.radius, thing.x, thing.y), GOLDEN_THING, atol=1e-6)
+
+
+def test_told_captions_leave_out_nothing_that_there_are_words_for():
+    assert TOLD.held_out == DEMO.held_out  # or training would see what is tested
+    for k in range(200):
+        sample, edit = sample_t2i(TOLD, "train", 0, k), sample_edit(TOLD, "train", 0, k)
+        spec = sample.spec
+        assert spec.grounds == (sample.scene.ground,)
+        related = {i for first, _, second in spec.relations for i in (first, second)}
+        for i, (want, thing) in enumerate(zip(spec.wants, sample.scene.things, strict=True)):
+            assert (want.shapes, want.colours) == ((thing.shape,), (thing.colour,))
+            assert want.size == thing.size
+            somewhere = any(in_place(thing.x, thing.y, place, MARGIN) for place in PLACES)
+            assert bool(want.place) == (somewhere and i not in related)
+        assert not {"another", "different"} & set(tokens(edit.instruction))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
