@@ -6,6 +6,7 @@ The small text encoder is random at first, so it is trained, too; a released one
 """
 
 from configs.base import base, finished
+from configs.shapes import lessons
 
 
 def get_config(variant=None):
@@ -15,11 +16,11 @@ def get_config(variant=None):
     config.train = ("unet", "text_encoder")
     config.model, config.image_size, config.text_length = "shapes", 32, 72
     config.dtype = "float32"
-    config.data = ({"source": "shapes:demo:train", "task": "t2i"},)
+    config.data = lessons("t2i")
     config.validation = ({"source": "shapes:demo:held_out", "task": "t2i"},)
     config.loss.mean = 0.5  # more noise than usual, at which counts, sizes and places are decided
     config.batch_size = 32
-    config.steps = 4000
+    config.steps = 4800
     config.optim.lr = 2e-3
     config.optim.schedule, config.optim.decay_from = "linear", 0.5
     config.optim.warmup = 100

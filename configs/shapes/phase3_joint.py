@@ -4,17 +4,16 @@ python -m launch.train --config=configs/shapes/phase3_joint.py --workdir=runs/sh
 """
 
 from configs.base import finished
-from configs.shapes import phase2_edit
+from configs.shapes import lessons, phase2_edit
 
 
 def get_config(variant=None):
     config = phase2_edit.get_config()
     config.init_from = "runs/shapes/phase2"
-    config.data = tuple(
-        {"source": "shapes:demo:train", "task": task, "weight": 1.0} for task in ("t2i", "edit")
-    )
+    config.data = (*lessons("t2i"), *lessons("edit"))
     config.validation = tuple(
         {"source": "shapes:demo:held_out", "task": task} for task in ("t2i", "edit")
     )
-    config.steps = 1800
+    config.loss.mean = 0.5
+    config.steps = 2400
     return finished(config, variant)
