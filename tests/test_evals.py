@@ -89,6 +89,17 @@ def test_summary_counts_by_kind():
     assert [sum(column) for column in zip(*said["kinds"].values(), strict=True)] == [15, 20]
 
 
+def test_summary_says_what_was_asked_and_how_much_of_it_is_there():
+    given = shapes.cases("t2i", "iid", 40, 32)
+    images = [np.zeros_like(c.target) if k % 4 else c.target for k, c in enumerate(given)]
+    demands = shapes.summary(shapes.verdicts(images, given), given)["demands"]
+    asked = [k for k, case in enumerate(given) if any(want.shapes for want in case.spec.wants)]
+    share, count = demands["shape"]
+    assert count == len(asked) < 40
+    assert share == pytest.approx(sum(k % 4 == 0 for k in asked) / count)  # nothing is on black
+    assert demands["count"] == [0.25, 40]
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

@@ -45,6 +45,7 @@ class Verdict(NamedTuple):
     score: float  # in [0, 1]
     sharpness: float
     doubts: tuple[str, ...]
+    demands: dict[str, float]  # in [0, 1] by attribute: how much of what was asked of it is there
 
 
 def cases(
@@ -124,7 +125,7 @@ def verdicts(images: Sequence[np.ndarray], given: Sequence[Case]) -> list[Verdic
     """The judge's, of a picture uint8 [S, S, 3] for each case."""
     judged = shapes.judge_batch(images, [case.spec for case in given])
     return [
-        Verdict(j.exact, j.score, shapes.sharpness(image), j.percept.doubts)
+        Verdict(j.exact, j.score, shapes.sharpness(image), j.percept.doubts, j.scores)
         for j, image in zip(judged, images, strict=True)
     ]
 
@@ -149,10 +150,15 @@ def arrays(
 
 def summary(found: Sequence[Verdict], given: Sequence[Case]) -> dict[str, Any]:
     """`count`, `exact`, `accuracy` with `low` and `high` (Wilson, 95 %), means of score and
-    sharpness, the share of pictures that cannot be read, and [exact, count] by kind."""
+    sharpness, the share of pictures that cannot be read, [exact, count] by kind, and under
+    `demands` [share fulfilled, pictures of which it was asked] by attribute."""
     exact = [v.exact for v in found]
-    share = statistics.wilson(sum(exact), len(exact))
+    accuracy = statistics.wilson(sum(exact), len(exact))
     kinds: dict[str, list[int]] = {}
+    demands: dict[str, list[float]] = {}
+    for verdict in found:
+        for name, share in verdict.demands.items():
+            demands.setdefault(name, []).append(share)
     for case, right in zip(given, exact, strict=True):
         entry = kinds.setdefault(case.kind, [0, 0])
         entry[0] += right
@@ -160,13 +166,14 @@ def summary(found: Sequence[Verdict], given: Sequence[Case]) -> dict[str, Any]:
     return {
         "count": len(exact),
         "exact": sum(exact),
-        "accuracy": share.value,
-        "low": share.low,
-        "high": share.high,
+        "accuracy": accuracy.value,
+        "low": accuracy.low,
+        "high": accuracy.high,
         "score": float(np.mean([v.score for v in found])),
         "sharpness": float(np.mean([v.sharpness for v in found])),
         "unreadable": float(np.mean([bool(v.doubts) for v in found])),
         "kinds": dict(sorted(kinds.items())),
+        "demands": {n: [float(np.mean(v)), len(v)] for n, v in sorted(demands.items())},
     }
 
 
