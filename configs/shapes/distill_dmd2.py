@@ -14,7 +14,7 @@ def get_config(variant=None):
     config.init_from = "runs/shapes/sft"
     config.data = tuple({**entry, "seed": 3} for entry in config.data)
     config.batch_size = 32
-    config.steps = 800
+    config.steps = 1000
     config.distill = distill_dmd2.distill()
     config.distill.ratio, config.distill.warmup, config.distill.score_lr = 2, 40, 5e-4
     config.loss = distill_dmd2.loss()
@@ -23,5 +23,5 @@ def get_config(variant=None):
     config.optim.beta1, config.optim.beta2 = 0.0, 0.99
     config.optim.schedule, config.optim.warmup = "constant", 10
     config.ema_decay = 0.98
-    config.checkpoint.every = config.sample.every = 400
+    config.checkpoint.every = config.sample.every = 500
     return finished(config, variant)

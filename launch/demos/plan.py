@@ -41,14 +41,14 @@ STAGES = (
         "Text to image",
         "Learns to draw what a caption says, and to read captions on the way. Four pairs of "
         "shape and colour are never shown.",
-        560,
+        530,
         ({"name": "pretrain", "task": ["t2i"], **GUIDED},),
     ),
     Stage(
         "phase2_edit",
         "Editing",
         "Learns to change one thing of a picture and leave the rest alone.",
-        390,
+        470,
         (
             {"name": "edit", "task": ["t2i"], **GUIDED},
             {"name": "pretrain", "task": ["edit"], **GUIDED},
@@ -58,14 +58,14 @@ STAGES = (
         "phase3_joint",
         "Both together",
         "Both tasks in equal parts, which brings back what lessons on editing made it forget.",
-        440,
+        470,
         ({"name": "joint", **GUIDED},),
     ),
     Stage(
         "sft",
         "Fine-tuning",
         "Few steps on a small, clean set, with the text encoder frozen.",
-        90,
+        140,
         ({"name": "sft", **GUIDED},),
     ),
     Stage(
@@ -82,7 +82,7 @@ STAGES = (
         "distill_dmd2",
         "Distillation",
         "A student learns to do in four steps, unguided, what its teacher does in 28 guided ones.",
-        270,
+        320,
     ),
 )
 DISTILLED = {"name": "distilled", "diversity": 16, "inputs": True}
