@@ -15,8 +15,9 @@ def get_config(variant=None):
         {"source": "shapes:demo:train", "task": task, "weight": 1.0, "count": 20_000, "seed": 1}
         for task in ("t2i", "edit")
     )
-    config.steps = 600
-    config.optim.lr, config.optim.warmup = 5e-4, 20
+    config.loss.mean = 0.0  # detail, once the rest is there
+    config.steps = 300
+    config.optim.lr, config.optim.warmup = 3e-4, 20
     config.optim.schedule, config.optim.decay_from = "cosine", 0.0
     config.ema_decay = 0.99
     return finished(config, variant)

@@ -65,7 +65,7 @@ STAGES = (
         "sft",
         "Fine-tuning",
         "Few steps on a small, clean set, with the text encoder frozen.",
-        140,
+        90,
         ({"name": "sft", **GUIDED},),
     ),
     Stage(
