@@ -27,7 +27,8 @@ class Stage(NamedTuple):
 
 
 GUIDED = {"guidance": 2.0, "image_guidance": 1.0}  # more guidance is worse in this small world
-FEW = {"steps": 4, "guidance": 1.0, "image_guidance": 1.0}
+UNGUIDED = {"guidance": 1.0, "image_guidance": 1.0}
+FEW = {"steps": 4, **UNGUIDED}
 STAGES = (
     Stage(
         "autoencoder",
@@ -66,7 +67,7 @@ STAGES = (
         "Fine-tuning",
         "Few steps on a small, clean set, with the text encoder frozen.",
         90,
-        ({"name": "sft", **GUIDED},),
+        ({"name": "sft", **GUIDED}, {"name": "sft_unguided", **UNGUIDED}),
     ),
     Stage(
         "rl_grpo",
@@ -75,6 +76,7 @@ STAGES = (
         330,
         (
             {"name": "rl", "diversity": 16, **GUIDED},
+            {"name": "rl_unguided", **UNGUIDED},  # as it draws in training
             {"name": "teacher_4step", "diversity": 16, **FEW},
         ),
     ),

@@ -19,7 +19,7 @@ from PIL import Image
 from dreamlite_jax.data.pictures import replaced_file
 from launch.demos import charts, plan, summary
 from launch.demos.charts import Curve, Measured
-from launch.demos.summary import NAMES, TASKS, VARIANTS
+from launch.demos.summary import NAMES, TASKS, VARIANTS, points
 from launch.files import read_json
 
 Metrics = Mapping[str, Any]
@@ -336,15 +336,18 @@ def before_after(folder: Path, found: Metrics) -> str:
         total = len(better) + len(worse)
         count = round(6 * len(better) / total) if total else 0
         rows = [*better[:count], *worse[: 6 - count]] if total else range(min(6, len(before)))
+        unguided = f"{task}_rl_gain_unguided"
+        said = f"<p>Without guidance: {points(found, unguided)}.</p>" if unguided in found else ""
         parts.append(
             f"<h3>{NAMES[task]}: {len(better)} of {len(before)} became right, {len(worse)} wrong"
-            f"</h3>{sheet(given, [int(k) for k in rows], 'narrow')}"
+            f"</h3>{said}{sheet(given, [int(k) for k in rows], 'narrow')}"
         )
     if not parts:
         return ""
     return (
         "<h2>Reinforcement learning: before and after</h2><p>The same prompts and noise. Shown are "
-        f"pictures whose verdict changed, both ways in their proportion.</p>{''.join(parts)}"
+        "pictures whose verdict changed, both ways in their proportion, with guidance; the policy "
+        f"that learns draws without.</p>{''.join(parts)}"
     )
 
 

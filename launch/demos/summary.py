@@ -17,7 +17,9 @@ VARIANTS = {
     "edit": "After editing lessons",
     "joint": "Both together",
     "sft": "Fine-tuned",
+    "sft_unguided": "Fine-tuned, unguided",
     "rl": "Reinforced",
+    "rl_unguided": "Reinforced, unguided",
     "teacher_4step": "Undistilled, 4 steps",
     "distilled": "Distilled, 4 steps",
     "bundle_fp16": "Bundle, fp16",
@@ -28,6 +30,7 @@ CELL = ("accuracy", "score", "sharpness", "diversity")
 # Differences over the same prompts: name, of what, from what.
 CHANGES = (
     ("rl_gain", "rl", "sft"),
+    ("rl_gain_unguided", "rl_unguided", "sft_unguided"),
     ("distilled_minus_teacher", "distilled", "rl"),
     ("distilled_minus_teacher_4step", "distilled", "teacher_4step"),
     ("bundle_fp16_minus_source", "bundle_fp16", "distilled"),
