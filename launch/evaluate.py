@@ -11,8 +11,9 @@ has a `name`, a `model`, and any of the flags steps, guidance, image_guidance, c
 diversity, inputs. In place of `model` one may have `pictures`, a folder with what another program
 made of a variant's inputs (convert.run_bundle --requests).
 
-Writes scores.json, and for every variant, task and split what was drawn and a contact sheet. Run
-again after an interruption it does what is missing.
+Writes scores.json, with accuracies and by attribute how much of what was asked is there, and for
+every variant, task and split what was drawn and a contact sheet. Run again after an interruption it
+does what is missing.
 """
 
 import json

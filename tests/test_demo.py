@@ -264,6 +264,8 @@ def test_the_numbers_are_flat_and_whole(results, found):
     assert found["t2i_rl_gain"] == pytest.approx(
         found["t2i_accuracy_rl"] - found["t2i_accuracy_sft"]
     )
+    unguided = [found[f"edit_accuracy_{name}_unguided"] for name in ("rl", "sft")]
+    assert found["edit_rl_gain_unguided"] == pytest.approx(unguided[0] - unguided[1])
 
 
 def test_bundles_are_compared_with_their_source_over_the_same_prompts(results, found):
@@ -354,6 +356,12 @@ def test_the_browser_sees_what_is_wrong(tmp_path):
     (tmp_path / "page.html").write_text(f"<!doctype html><html><body>{body}</body></html>")
     seen = browser.seen(tmp_path / "page.html", 390)
     assert seen["broken"] == ["broken"] and seen["scroll"] > 390 and seen["wide"]
+
+
+def test_the_page_says_what_reinforcement_learning_gains_without_guidance(page, found):
+    for task in summary.TASKS:
+        said = summary.points(found, f"{task}_rl_gain_unguided")
+        assert f"<p>Without guidance: {said}.</p>" in page.read_text()
 
 
 def test_the_page_needs_nothing_from_elsewhere(page):

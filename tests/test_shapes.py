@@ -110,12 +110,12 @@ def test_told_captions_leave_out_nothing_that_there_are_words_for():
         sample, edit = sample_t2i(TOLD, "train", 0, k), sample_edit(TOLD, "train", 0, k)
         spec = sample.spec
         assert spec.grounds == (sample.scene.ground,)
-        related = {i for first, _, second in spec.relations for i in (first, second)}
+        in_relation = {i for first, _, second in spec.relations for i in (first, second)}
         for i, (want, thing) in enumerate(zip(spec.wants, sample.scene.things, strict=True)):
             assert (want.shapes, want.colours) == ((thing.shape,), (thing.colour,))
             assert want.size == thing.size
             somewhere = any(in_place(thing.x, thing.y, place, MARGIN) for place in PLACES)
-            assert bool(want.place) == (somewhere and i not in related)
+            assert bool(want.place) == (somewhere and i not in in_relation)
         assert not {"another", "different"} & set(tokens(edit.instruction))
 
 

@@ -1,4 +1,4 @@
-"""Phase 2 on the shapes world: editing, from phase 1.
+"""Phase 2 on the shapes world: editing and, in a quarter of the rows, text to image; from phase 1.
 
 python -m launch.train --config=configs/shapes/phase2_edit.py --workdir=runs/shapes/phase2
 """

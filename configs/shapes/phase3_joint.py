@@ -14,6 +14,6 @@ def get_config(variant=None):
     config.validation = tuple(
         {"source": "shapes:demo:held_out", "task": task} for task in ("t2i", "edit")
     )
-    config.loss.mean = 1.0
+    config.loss.mean = 1.0  # between what either task likes
     config.steps = 2400
     return finished(config, variant)

@@ -48,7 +48,8 @@ STAGES = (
     Stage(
         "phase2_edit",
         "Editing",
-        "Learns to change one thing of a picture and leave the rest alone.",
+        "Learns to change one thing of a picture and leave the rest alone; every fourth lesson "
+        "is on text to image, which would be forgotten.",
         470,
         (
             {"name": "edit", "task": ["t2i"], **GUIDED},
@@ -76,7 +77,7 @@ STAGES = (
         330,
         (
             {"name": "rl", "diversity": 16, **GUIDED},
-            {"name": "rl_unguided", **UNGUIDED},  # as it draws in training
+            {"name": "rl_unguided", **UNGUIDED},  # as in training, though there in 10 random steps
             {"name": "teacher_4step", "diversity": 16, **FEW},
         ),
     ),

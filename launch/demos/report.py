@@ -346,8 +346,8 @@ def before_after(folder: Path, found: Metrics) -> str:
         return ""
     return (
         "<h2>Reinforcement learning: before and after</h2><p>The same prompts and noise. Shown are "
-        "pictures whose verdict changed, both ways in their proportion, with guidance; the policy "
-        f"that learns draws without.</p>{''.join(parts)}"
+        "pictures whose verdict changed, both ways in their proportion, with guidance; in "
+        f"training it draws without.</p>{''.join(parts)}"
     )
 
 

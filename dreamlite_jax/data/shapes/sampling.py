@@ -129,8 +129,8 @@ HARD = Settings(
     small=(0.13, 0.155),
     large=(0.2, 0.235),
 )
-# DEMO whose captions leave out nothing, and more often with two things: learnt from sooner. What is
-# asked of a model are DEMO's own.
+# DEMO, more often of two things, whose captions leave out nothing, nor do instructions of what is
+# added or becomes of a thing: learnt from sooner. Models are judged on DEMO's captions.
 TOLD = replace(
     DEMO,
     counts=(0.5, 0.5),
