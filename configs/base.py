@@ -57,6 +57,7 @@ def base() -> ConfigDict:
             "density": "logit_normal",  # Esser et al. 2024
             "mean": 0.0,
             "std": 1.0,
+            "edit_offset": 0.0,
             "shift": True,
             "weight": "unit",
             "weight_changed": False,

@@ -43,6 +43,7 @@ def distill() -> ConfigDict:
                 "density": "logit_normal",
                 "mean": 0.0,
                 "std": 1.0,
+                "edit_offset": 0.0,
                 "shift": True,
                 "weight": "unit",
                 "weight_changed": False,

@@ -250,7 +250,8 @@ def distilled(teacher_fn, number, key, updates, settings=SETTINGS, ratio=4, mu=0
     def fake_loss(fake, student, key):
         a, b = jax.random.split(key)
         x0, ends = sampled(student, a)
-        sigma, noise = flow_matching.draw(score, jax.random.split(b, ROWS), x0, mu)
+        none = jnp.zeros(ROWS, bool)
+        sigma, noise = flow_matching.draw(score, jax.random.split(b, ROWS), x0, mu, none)
         sigma = dmd2.within(settings, sigma, *ends)
         return flow_matching.losses(network(fake), x0, sigma, noise, score).mean()
 

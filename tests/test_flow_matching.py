@@ -112,12 +112,12 @@ def test_loss_weights():
 
 N = 20_000
 KEYS = jax.random.split(jax.random.key(0), N)
+NO_EDITS = np.zeros(N, bool)
 
 
-def drawn(settings, mu):
-    return jax.jit(lambda keys: flow_matching.draw(settings, keys, jnp.zeros((N, 1, 2, 2)), mu))(
-        KEYS
-    )
+def drawn(settings, mu, edits=NO_EDITS):
+    x0 = jnp.zeros((N, 1, 2, 2))
+    return jax.jit(lambda keys: flow_matching.draw(settings, keys, x0, mu, edits))(KEYS)
 
 
 def unshifted(sigma, mu):
@@ -136,7 +136,7 @@ CDFS = {
 def test_densities(density, mean, std, shift, mu):
     """Kolmogorov and Smirnov at 1 %; without the shift, or with a wrong one, it is ten times as
     far."""
-    sigma, _ = drawn(Settings(density, mean, std, shift), mu)
+    sigma, _ = drawn(Settings(density, mean, std, shift=shift), mu)
     assert sigma.dtype == jnp.float32 and sigma.min() >= 0 and sigma.max() < 1
     sigma, far = np.asarray(sigma, np.float64), 1.63 / np.sqrt(N)
 
@@ -145,6 +145,19 @@ def test_densities(density, mean, std, shift, mu):
 
     assert distance(mu if shift else 0.0) < far
     assert distance((mu if shift else 0.0) + 0.5) > 5 * far
+
+
+def test_edits_have_a_mean_of_their_own():
+    """Rows of the other task draw what they drew without it, edits what they would have drawn from
+    that mean."""
+    edits = np.arange(N) % 2 == 1
+    sigma, noise = drawn(Settings(mean=0.5, edit_offset=1.0), 0.5, edits)
+    plain, same = drawn(Settings(mean=0.5), 0.5, edits)
+    moved, _ = drawn(Settings(mean=1.5), 0.5, edits)
+    np.testing.assert_array_equal(sigma[~edits], plain[~edits])
+    np.testing.assert_array_equal(sigma[edits], moved[edits])
+    assert (sigma[edits] > plain[edits]).all()
+    np.testing.assert_array_equal(noise, same)
 
 
 def test_noise_is_normal_and_independent():
@@ -159,7 +172,8 @@ def test_noise_is_normal_and_independent():
 
 
 def test_a_row_draws_by_its_own_key():
-    draw = jax.jit(lambda keys: flow_matching.draw(Settings(), keys, jnp.zeros((B, H, W, C)), 0.7))
+    x0, edits = jnp.zeros((B, H, W, C)), jnp.zeros(B, bool)
+    draw = jax.jit(lambda keys: flow_matching.draw(Settings(), keys, x0, 0.7, edits))
     (sigma, noise), others = draw(KEYS[:B]), draw(KEYS[np.array([9, 3, 8, 0, 7])])
     for row, place in ((3, 1), (0, 3)):
         np.testing.assert_array_equal(others[0][place], sigma[row])
@@ -236,10 +250,15 @@ def loss_fn(monkeypatch):
     return call
 
 
+OFFSET = 0.8
+
+
 def expected_losses(weight_changed):
     """Of BATCH in 64 bits. The shift is linear in the target's 6 patches: 0.3 at 4, 2.0 at 20."""
     mu = 0.3 + (2.0 - 0.3) * (6 - 4) / (20 - 4)
-    sigma, noise = flow_matching.draw(Settings(shift=False), KEYS[:B], jnp.zeros((B, H, W, 4)), 0.0)
+    settings = Settings(shift=False, edit_offset=OFFSET)
+    edits = BATCH["task"] == 1
+    sigma, noise = flow_matching.draw(settings, KEYS[:B], jnp.zeros((B, H, W, 4)), 0.0, edits)
     sigma = 1 / (1 + (1 / np.asarray(sigma, np.float64) - 1) / np.exp(mu))
     source = np.where(BATCH["has_source"][:, None, None, None], BATCH["source_latents"], 0)
     words = (BATCH["context"] * BATCH["context_mask"][:, :, None]).sum((1, 2), dtype=np.float64)
@@ -256,7 +275,7 @@ def expected_losses(weight_changed):
 @pytest.mark.parametrize("weight_changed", [False, True])
 def test_the_stage_s_loss_and_its_metrics(loss_fn, weight_changed):
     """A thousandth of a step of sigma would change a row's loss by more than 1e-5."""
-    found = loss_fn(BATCH, weight_changed=weight_changed)
+    found = loss_fn(BATCH, weight_changed=weight_changed, edit_offset=OFFSET)
     sigma, losses = expected_losses(weight_changed)
     assert float(found.loss) == pytest.approx(losses.mean(), rel=1e-5)
     quarters = {f"loss/sigma_{k}": (sigma >= k / 4) & (sigma < (k + 1) / 4) for k in range(4)}
@@ -322,6 +341,7 @@ def test_conditions_are_left_out_as_often_as_asked():
         ({"std": 0.0}, "std is 0.0, should be positive"),
         ({"std": float("inf")}, "std is inf"),
         ({"mean": float("nan")}, "mean is nan, should be finite"),
+        ({"edit_offset": float("inf")}, "edit_offset is inf, should be finite"),
     ],
 )
 def test_each_problem_is_named(settings, said):

@@ -18,7 +18,9 @@ def get_config(variant=None):
     config.dtype = "float32"
     config.data = lessons("t2i")
     config.validation = ({"source": "shapes:demo:held_out", "task": "t2i"},)
-    config.loss.mean = 0.5  # more noise than usual, at which counts, sizes and places are decided
+    # More noise than usual, at which counts, sizes and places are decided; for the edits of later
+    # phases more still, as a source says nearly all.
+    config.loss.mean, config.loss.edit_offset = 0.5, 1.0
     config.batch_size = 32
     config.steps = 4800
     config.optim.lr = 2e-3

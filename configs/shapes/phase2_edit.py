@@ -17,7 +17,6 @@ def get_config(variant=None):
     )
     config.validation = ({"source": "shapes:demo:held_out", "task": "edit"},)
     config.text_length = 120
-    config.loss.mean = 1.5  # a source says nearly all, so that much noise leaves most to learn
     # No weights for what changes: at this size it is copying the rest that is hard to learn.
     config.steps = 2400
     config.optim.lr = 1.5e-3

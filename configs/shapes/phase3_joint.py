@@ -14,6 +14,5 @@ def get_config(variant=None):
     config.validation = tuple(
         {"source": "shapes:demo:held_out", "task": task} for task in ("t2i", "edit")
     )
-    config.loss.mean = 1.0  # between those of phases 1 and 2
     config.steps = 2400
     return finished(config, variant)

@@ -32,6 +32,7 @@ class Settings(NamedTuple):
     density: str = "logit_normal"
     mean: float = 0.0  # of the logit-normal density
     std: float = 1.0
+    edit_offset: float = 0.0  # of the mean, for edits: what little noise hides, their source shows
     shift: bool = True  # draw sigma where the sampler of that resolution goes
     weight: str = "unit"
     weight_changed: bool = False  # see `change_weights`
@@ -45,33 +46,38 @@ class Settings(NamedTuple):
             found.append(f"weight is {self.weight!r}, known are {', '.join(WEIGHTS)}")
         if not 0 < self.std < math.inf:
             found.append(f"std is {self.std}, should be positive")
-        if not math.isfinite(self.mean):
-            found.append(f"mean is {self.mean}, should be finite")
+        for name in ("mean", "edit_offset"):
+            if not math.isfinite(getattr(self, name)):
+                found.append(f"{name} is {getattr(self, name)}, should be finite")
         return found
 
 
-def draw_sigma(settings: Settings, key: Array, mu: float) -> Array:
-    """sigma, a float32 scalar in [0, 1), at the resolution that has shift mu."""
+def draw_sigma(settings: Settings, key: Array, mu: float, offset: Array | float = 0.0) -> Array:
+    """sigma, a float32 scalar in [0, 1), at the resolution that has shift mu; `offset` is added to
+    the logit-normal density's mean."""
     if settings.density == "uniform":
         sigma = flow.uniform(key, ())
     else:
-        sigma = flow.logit_normal(key, (), settings.mean, settings.std)
+        sigma = flow.logit_normal(key, (), settings.mean + offset, settings.std)
     return flow.shift_sigma(sigma, mu) if settings.shift else sigma
 
 
-def draw(settings: Settings, keys: Array, x0: Array, mu: float) -> tuple[Array, Array]:
-    """sigma float32 [B] and noise float32 like x0 [B, h, w, c].
+def draw(
+    settings: Settings, keys: Array, x0: Array, mu: float, edits: Array
+) -> tuple[Array, Array]:
+    """sigma float32 [B] and noise float32 like x0 [B, h, w, c]; `edits` is bool [B].
 
     Every row has a key of its own ([B]): what it draws depends neither on the rows beside it, nor
     on how they are split into micro-batches and over devices.
     """
 
-    def row(key):
+    def row(key, edit):
         for_sigma, for_noise = jax.random.split(key)
         noise = jax.random.normal(for_noise, x0.shape[1:], jnp.float32)
-        return draw_sigma(settings, for_sigma, mu), noise
+        offset = jnp.where(edit, jnp.float32(settings.edit_offset), 0.0)
+        return draw_sigma(settings, for_sigma, mu, offset), noise
 
-    return jax.vmap(row)(keys)
+    return jax.vmap(row)(keys, edits)
 
 
 def losses(

@@ -155,7 +155,8 @@ def make_losses(config: system.Config, settings: Settings, loss: dmd2.Settings) 
     score's {STUDENT}."""
 
     def score_draw(keys: Array, x0: Array, mu: float, rows: Any) -> tuple[Array, Array]:
-        sigma, noise = flow_matching.draw(settings.score, keys, x0, mu)
+        edits = stages.edits(rows["task"])
+        sigma, noise = flow_matching.draw(settings.score, keys, x0, mu, edits)
         return dmd2.within(loss, sigma, rows["sigma"], rows["after"]), noise
 
     def student_loss(trained: Params, frozen: Params, rows: Any, keys: Array):

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from dreamlite_jax import system
 from dreamlite_jax.data import pictures
-from dreamlite_jax.data.mixture import TASKS
+from dreamlite_jax.data.mixture import EDIT, TASKS
 from dreamlite_jax.data.qwen_inputs import QwenInputs
 from dreamlite_jax.diffusion import flow, sampling
 from dreamlite_jax.models.primitives import PLAIN
@@ -88,7 +88,7 @@ def diffusion_loss(
         params = {**frozen, **trained}
         x0, at = conditioned(config, params, batch, context_length)
         mu = flow.resolution_mu(*x0.shape[1:3], config.shift)
-        sigma, noise = flow_matching.draw(settings, keys, x0, mu)
+        sigma, noise = flow_matching.draw(settings, keys, x0, mu, edits(batch["task"]))
 
         def velocity_fn(xt: Array, sigma: Array) -> Array:
             return system.velocity(config, params["unet"], xt, sigma, at)
@@ -97,6 +97,11 @@ def diffusion_loss(
         return losses.mean(), loss_metrics(losses, batch["task"], sigma)
 
     return loss_fn
+
+
+def edits(task: Array) -> Array:
+    """Which rows are edits, bool [B], of their tasks, int [B]."""
+    return task == TASKS.index(EDIT)
 
 
 def loss_metrics(losses: Array, task: Array, sigma: Array) -> dict[str, Mean]:

@@ -23,7 +23,12 @@ PHASES = ("phase1_t2i", "phase2_edit", "phase3_joint")
 JOINT = PHASES[-1]
 # Of a stage's config, what makes its schedule.
 _OF_OPTIM = ("lr", "schedule", "warmup", "decay_from")
-SCHEDULE = (*(f"optim.{key}" for key in _OF_OPTIM), "ema_decay", "loss.mean")
+_OF_LOSS = ("mean", "edit_offset")
+SCHEDULE = (
+    *(f"optim.{key}" for key in _OF_OPTIM),
+    "ema_decay",
+    *(f"loss.{key}" for key in _OF_LOSS),
+)
 SPLITS = {"": "held-out", "_iid": "seen"}
 
 Table = dict[str, Any]  # title, note, head, rows of texts
