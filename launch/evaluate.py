@@ -6,10 +6,11 @@
     python -m launch.evaluate --suite=shapes --out=DIR \\
       --variants='[{"name": "a", "model": "DIR"}, {"name": "b", "model": "DIR", "steps": 4}]'
 
-`--model` is a model directory or a run's workdir. Several variants share what was compiled; each
-has a `name`, a `model`, and any of the flags steps, guidance, image_guidance, count, task, split,
-diversity, inputs. In place of `model` one may have `pictures`, a folder with what another program
-made of a variant's inputs (convert.run_bundle --requests).
+`--model` is a model directory or a run's workdir. Several variants share what was compiled, and
+each is compared with the first over the prompts that both have drawn. A variant has a `name`, a
+`model`, and any of the flags steps, guidance, image_guidance, count, task, split, diversity,
+inputs. In place of `model` one may have `pictures`, a folder with what another program made of a
+variant's inputs (convert.run_bundle --requests).
 
 Writes scores.json, with accuracies and by attribute how much of what was asked is there, and for
 every variant, task and split what was drawn and a contact sheet. Run again after an interruption it
@@ -29,7 +30,7 @@ from PIL import Image
 
 from dreamlite_jax import cli, generation, system
 from dreamlite_jax.data import mixture, pictures, prompts
-from dreamlite_jax.evals import shapes
+from dreamlite_jax.evals import shapes, statistics
 from dreamlite_jax.evals.shapes import Case
 from dreamlite_jax.train import checkpoint, origins, signals
 from launch import compilation
@@ -99,6 +100,7 @@ def main() -> None:
         for split in variant.split
     ]
     model: tuple[str, system.System] | None = None
+    results = []
     with signals.asked_to_leave() as asked:
         for k, cell in enumerate(cells):
             if not cell.file(".json").is_file():
@@ -108,9 +110,10 @@ def main() -> None:
                     check_tasks(cell.variant, model[1])
                 result = evaluated(cell, model[1] if name is not None else None, asked)
                 write_json(cell.file(".json"), result)
-            result = read_json(cell.file(".json"))
-            print(f"{k + 1}/{len(cells)} {line(result)}", flush=True)
-    write_json(out / SCORES, [read_json(c.file(".json")) for c in cells])
+            first = cell._replace(variant=found[0], folder=out / found[0].name)
+            results.append(read_json(cell.file(".json")) | compared(cell, first))
+            print(f"{k + 1}/{len(cells)} {line(results[-1])}", flush=True)
+    write_json(out / SCORES, results)
 
 
 def variants() -> list[Variant]:
@@ -249,13 +252,33 @@ def sheet(cell: Cell, images: np.ndarray, given: list[Case], found: list[shapes.
     pictures.write_png(cell.file(".png"), pictures.contact_sheet(rows, captions, 128))
 
 
+def compared(cell: Cell, first: Cell) -> dict[str, Any]:
+    """The change of the accuracy from the first variant's, with its 95 % interval."""
+    drawn = cell.task in first.variant.task and cell.split in first.variant.split
+    if cell == first or not drawn:
+        return {}
+    exact = []
+    for one in (first, cell):
+        with np.load(one.file(".npz")) as arrays:
+            exact.append(arrays["exact"])
+    n = min(map(len, exact))
+    found = statistics.change(exact[0][:n], exact[1][:n])
+    value = {"value": found.value, "low": found.low, "high": found.high, "count": n}
+    return {"change": {"against": first.variant.name, **value}}
+
+
 def line(result: Mapping[str, Any]) -> str:
     accuracy, low, high = (100 * result[key] for key in ("accuracy", "low", "high"))
-    return (
+    said = (
         f"{result['variant']} {result['task']} {result['split']}: {accuracy:.1f} % exact "
         f"({low:.1f} to {high:.1f}, n = {result['count']}), score {result['score']:.3f}, "
         f"sharpness {result['sharpness']:.2f}"
     )
+    if "change" not in result:
+        return said
+    value, low, high = (100 * result["change"][key] for key in ("value", "low", "high"))
+    against = result["change"]["against"]
+    return f"{said}, {value:+.1f} points ({low:+.1f} to {high:+.1f}) against {against}"
 
 
 if __name__ == "__main__":

@@ -183,6 +183,29 @@ def test_pictures_of_another_program_are_judged(tmp_path, capsys):
     assert "phone t2i held_out: 100.0 % exact (56.6 to 100.0, n = 5)" in capsys.readouterr().out
 
 
+def test_variants_are_compared_with_the_first(tmp_path, capsys):
+    """Two of its five pictures are blank; of the third variant there are only the first four."""
+    images = np.stack([case.target for case in shapes.cases("t2i", "held_out", 5, 32)])
+    blank = np.where(np.arange(5)[:, None, None, None] < 2, 255, images).astype(np.uint8)
+    variants = []
+    for name, made in (("old", blank), ("new", images), ("few", images[:4])):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "t2i_held_out.npz", images=made)
+        one = {"name": name, "pictures": str(tmp_path / name)}
+        variants.append({**one, "task": ["t2i"], "split": ["held_out"]})
+    flags = (f"--variants={json.dumps(variants)}", f"--out={tmp_path / 'out'}")
+    assert commands.run("evaluate", *flags, "--compilation_cache=") == 0
+    old, new, few = capsys.readouterr().out.splitlines()
+    assert "60.0 % exact" in old and "points" not in old
+    # The differences are 1, 1, 0, 0, 0: their mean's deviation is 0.5477 / sqrt(5).
+    assert "+40.0 points (-8.0 to +88.0) against old" in new
+    assert "+50.0 points" in few
+    first, second, third = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert "change" not in first
+    assert second["change"]["against"] == "old" and second["change"]["count"] == 5
+    assert third["change"]["count"] == 4
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
