@@ -71,7 +71,9 @@ def uniform(key: Array, shape: tuple[int, ...]) -> Array:
     return jax.random.uniform(key, shape, jnp.float32)
 
 
-def logit_normal(key: Array, shape: tuple[int, ...], mean: float = 0.0, std: float = 1.0) -> Array:
+def logit_normal(
+    key: Array, shape: tuple[int, ...], mean: Array | float = 0.0, std: float = 1.0
+) -> Array:
     """sigma = sigmoid(mean + std n), n ~ N(0, 1), float32 of `shape` (Esser et al. 2024, eq. 19).
 
     A positive mean favours noise, a negative one data.
