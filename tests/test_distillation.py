@@ -31,7 +31,7 @@ CONFIG = types.SimpleNamespace(
     shift=flow.ResolutionShift(), unet=types.SimpleNamespace(block_out_channels=(16,))
 )
 PARAMS = {"scale": jnp.float32(0.4), "shift": jnp.float32(0.1)}
-SETTINGS = Settings(4, 3, 2, score=flow_matching.Settings(edit_offset=0.5))
+SETTINGS = Settings(steps=4, ratio=3, warmup=2, score=flow_matching.Settings(edit_offset=0.5))
 LOSS = dmd2.Settings(guidance=2.0)
 
 
