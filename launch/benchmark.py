@@ -19,6 +19,9 @@ _SUITES = ("unet", "sample", "data", "train", "rl", "distill", "tflite")
 _SUITE = flags.DEFINE_enum("suite", None, _SUITES, "What to measure.", required=True)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Turns of every contender.", lower_bound=1)
 _ONLY = flags.DEFINE_string("only", "", "Regex: the cases to run.")
+_APART = flags.DEFINE_bool(
+    "apart", False, "One contender after the other, where memory does not hold them together."
+)
 _WITHOUT = flags.DEFINE_list("without", [], "Contenders to leave out, e.g. compile.")
 
 
@@ -41,7 +44,8 @@ def row(case: str, timings: list[Timing]) -> str:
 
 def main(_: list[str]) -> None:
     suite = importlib.import_module(f"launch.benchmarks.{_SUITE.value}")
-    print(f"{os.cpu_count()} CPU cores; medians of {_ROUNDS.value} turns\n")
+    order = ", one contender after the other" if _APART.value else ""
+    print(f"{os.cpu_count()} CPU cores; medians of {_ROUNDS.value} turns{order}\n")
     headed, found = [], {}
     for case, contenders in suite.cases():
         if not re.search(_ONLY.value, case):
@@ -53,7 +57,7 @@ def main(_: list[str]) -> None:
             head = ["case", *names, *(f"{names[0]} / {name}" for name in names[1:])]
             print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
             headed = names
-        found[case] = compare(contenders, _ROUNDS.value)
+        found[case] = compare(contenders, _ROUNDS.value, _APART.value)
         print(row(case, found[case]), flush=True)
     if hasattr(suite, "summary"):
         print(f"\n{suite.summary(found)}")

@@ -57,8 +57,17 @@ class Timing(NamedTuple):
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
-def compare(contenders: list[Contender], rounds: int) -> list[Timing]:
-    """Prepares all contenders one by one, then lets them take `rounds` turns of a step each."""
+def compare(contenders: list[Contender], rounds: int, apart: bool = False) -> list[Timing]:
+    """Prepares all contenders one by one, then lets them take `rounds` turns of a step each.
+
+    apart: each takes all its turns and ends before the next begins, so that the machine's memory
+    need hold one at a time. Drift of its speed then is not divided out.
+    """
+    groups = [[contender] for contender in contenders] if apart else [contenders]
+    return [timing for group in groups for timing in _turns(group, rounds)]
+
+
+def _turns(contenders: list[Contender], rounds: int) -> Iterator[Timing]:
     context = multiprocessing.get_context("spawn")
     running = []
     for contender in contenders:
@@ -74,7 +83,7 @@ def compare(contenders: list[Contender], rounds: int) -> list[Timing]:
                 pipe.send("step")
                 ready.update(answer := _receive(pipe))  # an error stays
                 seconds[contender.name].append(answer.get("seconds", 0.0))
-    return list(_finish(running, seconds))
+    yield from _finish(running, seconds)
 
 
 def _finish(running: list, seconds: dict[str, list[float]]) -> Iterator[Timing]:
