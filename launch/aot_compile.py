@@ -180,7 +180,7 @@ def distilled_flops(
     """A row's in a step that updates both networks: their gradients. The compiler counts a branch
     of `lax.cond` as always taken, and a loop of unknown length once."""
     row, frozen = one_row(batch), {distillation.TEACHER: trained["unet"]}
-    frozen |= {distillation.FAKE: trained, distillation.STUDENT: trained}
+    frozen[distillation.FAKE] = trained
     length = batch["context"].shape[1]
     rows = jax.eval_shape(
         lambda networks, row: distillation.prepared(

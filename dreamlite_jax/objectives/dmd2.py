@@ -79,18 +79,25 @@ class Settings(NamedTuple):
 # --- The student's samples ------------------------------------------------------------------------
 
 
-def simulated(velocity_fn: VelocityFn, noise: Array, sigmas: Array, stop: Array) -> Array:
-    """x at sigmas[stop], float32 [B, ...], as `sampling.sample` passes it on its way from noise.
+def simulated(
+    velocity_fn: VelocityFn, noise: Array, sigmas: Array, stop: Array
+) -> tuple[Array, Array]:
+    """x at sigmas[stop] as `sampling.sample` passes it on its way from noise, and x0 as the student
+    sees it from there: float32 [B, ...] each.
 
-    Only the steps before `stop` are taken, whose number need not be known to the compiler; there is
+    Only the steps up to `stop` are taken, whose number need not be known to the compiler; there is
     no gradient through them.
     """
-    sigmas = jnp.asarray(sigmas, jnp.float32)
+    sigmas, noise = jnp.asarray(sigmas, jnp.float32), noise.astype(jnp.float32)
 
-    def step(k: Array, xt: Array) -> Array:
-        return sampling.euler(xt, velocity_fn(xt, sigmas[k]), sigmas[k], sigmas[k + 1])
+    def step(k: Array, passed: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        _, _, xt = passed
+        velocity = velocity_fn(xt, sigmas[k]).astype(jnp.float32)
+        x0 = flow.x0_from_velocity(xt, velocity, sigmas[k])
+        return xt, x0, sampling.euler(xt, velocity, sigmas[k], sigmas[k + 1])
 
-    return lax.stop_gradient(lax.fori_loop(0, stop, step, noise.astype(jnp.float32)))
+    xt, x0, _ = lax.stop_gradient(lax.fori_loop(0, stop + 1, step, (noise, noise, noise)))
+    return xt, x0
 
 
 def sample_from(velocity_fn: VelocityFn, xt: Array, sigma: Array) -> Array:

@@ -152,7 +152,7 @@ def discriminator(config: system.Config) -> Discriminator:
 
 def make_losses(config: system.Config, settings: Settings, loss: dmd2.Settings) -> Losses:
     """The losses on rows of `prepared`. Frozen, the student's has {TEACHER, FAKE}, the fake
-    score's {STUDENT}."""
+    score's nothing."""
 
     def score_draw(keys: Array, x0: Array, mu: float, rows: Any) -> tuple[Array, Array]:
         edits = stages.edits(rows["task"])
@@ -187,10 +187,8 @@ def make_losses(config: system.Config, settings: Settings, loss: dmd2.Settings) 
         return total.mean(), metrics
 
     def fake_loss(trained: Params, frozen: Params, rows: Any, keys: Array):
-        given, score = rows["given"], settings.score
+        given, score, x0 = rows["given"], settings.score, rows["sample"]
         for_flow, for_gan = split_keys(keys, 2)
-        student_fn = plain(config, frozen[STUDENT]["unet"], given)
-        x0 = lax.stop_gradient(dmd2.sample_from(student_fn, rows["xt"], rows["sigma"]))
         mu = flow.resolution_mu(*x0.shape[1:3], config.shift)
         sigma, noise = score_draw(for_flow, x0, mu, rows)
         fake_fn = plain(config, trained["unet"], given)
@@ -225,7 +223,8 @@ def prepared(
 ) -> dict[str, Any]:
     """What both losses need of a batch, [B, ...]: `given` (`stages.conditions`), `task`, latents
     `x0` of its targets, `noise`, and where the student is on its way from there: `xt` at `sigma`,
-    one of its steps, the same for all rows, which leads to `after`.
+    one of its steps, the same for all rows, which leads to `after`, and its `sample`, what it takes
+    for x0 there.
 
     Args:
       networks: {"unet": the student's, "vae", "text_encoder"}.
@@ -236,10 +235,10 @@ def prepared(
     noise = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:], jnp.float32))(keys)
     sigmas = flow.sigma_list(settings.steps, flow.resolution_mu(*x0.shape[1:3], config.shift))
     stop = jax.random.randint(for_stop, (), 0, settings.steps)
-    xt = dmd2.simulated(plain(config, networks["unet"], given), noise, sigmas, stop)
+    xt, sample = dmd2.simulated(plain(config, networks["unet"], given), noise, sigmas, stop)
     sigma, after = (jnp.full(x0.shape[:1], jnp.asarray(sigmas)[k]) for k in (stop, stop + 1))
     rows = {"given": given, "task": batch["task"], "x0": x0, "noise": noise}
-    return {**rows, "xt": xt, "sigma": sigma, "after": after}
+    return {**rows, "xt": xt, "sample": sample, "sigma": sigma, "after": after}
 
 
 def make_step(
@@ -280,7 +279,7 @@ def make_step(
         due = (done > 0) & (done % settings.ratio == 0)
         after, found = lax.cond(due, learn, lambda student: (student, nothing), before)
 
-        score, of_score = update_fake(score, {STUDENT: before.params}, rows, for_fake)
+        score, of_score = update_fake(score, {}, rows, for_fake)
         own = ("grad_norm", "update_norm", "param_norm")
         metrics = {f"{FAKE}/{name}" if name in own else name: of_score[name] for name in of_score}
         metrics |= {name: x for name, x in found.items() if name not in _COUNTS}
