@@ -57,6 +57,7 @@ def loss() -> ConfigDict:
     return ConfigDict(
         {
             "guidance": 3.5,  # the release's
+            "edit_guidance": 3.5,  # the release's
             "image_guidance": 1.0,  # the release's; 1 saves the teacher a branch
             "jitter": 0.0,
             "least": 0.02,  # DMD2

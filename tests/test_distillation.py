@@ -32,7 +32,7 @@ CONFIG = types.SimpleNamespace(
 )
 PARAMS = {"scale": jnp.float32(0.4), "shift": jnp.float32(0.1)}
 SETTINGS = Settings(steps=4, ratio=3, warmup=2, score=flow_matching.Settings(edit_offset=0.5))
-LOSS = dmd2.Settings(guidance=2.0)
+LOSS = dmd2.Settings(guidance=2.0, edit_guidance=2.0)
 
 
 def toy_velocity(config, params, xt, sigma, at):
@@ -136,10 +136,11 @@ def test_the_source_is_clean_at_every_step_and_carries_no_loss(toy, monkeypatch)
 
 
 def test_guidance_is_single_without_a_source_and_dual_with_one(toy):
-    loss = LOSS._replace(guidance=3.0, image_guidance=1.5)
+    loss = LOSS._replace(guidance=3.0, edit_guidance=2.5, image_guidance=1.5)
     given, _ = stages.conditions(CONFIG, {}, batch(), 1)
     xt, sigma = batch()["x0"], jnp.full(B, 0.5)
-    found = distillation.guided(CONFIG, PARAMS, given, loss, loss.guidance)(xt, sigma)
+    scale = dmd2.guidance_of(loss, stages.edits(batch()["task"]))
+    found = distillation.guided(CONFIG, PARAMS, given, loss, scale)(xt, sigma)
 
     def of(context, source):
         at = Condition(Texts(context, None), source, None)
@@ -148,11 +149,12 @@ def test_guidance_is_single_without_a_source_and_dual_with_one(toy):
     b, none = batch(), jnp.zeros_like(batch()["source"])
     text, image = of(b["context"], b["source"]), of(b["null_context"], b["source"])
     nothing = of(b["null_context"], none)
-    dual = nothing + 3 * (text - image) + 1.5 * (image - nothing)
-    np.testing.assert_allclose(found, dual, atol=1e-5)
+    dual = nothing + 2.5 * (text - image) + 1.5 * (image - nothing)
+    np.testing.assert_allclose(found[1::2], dual[1::2], atol=1e-5)
     single = nothing + 3 * (of(b["context"], none) - nothing)
     np.testing.assert_allclose(found[::2], single[::2], atol=1e-5)
-    plain = distillation.guided(CONFIG, PARAMS, given, dmd2.Settings(guidance=1.0), 1.0)
+    unguided = dmd2.Settings(guidance=1.0, edit_guidance=1.0)
+    plain = distillation.guided(CONFIG, PARAMS, given, unguided, jnp.ones((B, 1, 1, 1)))
     np.testing.assert_allclose(plain(xt, sigma), text, atol=1e-6)
 
 
@@ -296,7 +298,7 @@ def test_what_a_run_is_made_of(quick, tmp_path):
     train_config.check_resumed(run, meta)
     with pytest.raises(ConfigError, match="the run began with the run x, now init_from gives the"):
         train_config.check_resumed(run, {**meta, "reference": "the run x"})
-    alone = quick(loss__guidance=1.0)
+    alone = quick(loss__guidance=1.0, loss__edit_guidance=1.0)
     assert not train_config.opened(alone, tmp_path).recipe.with_null
 
 

@@ -106,7 +106,7 @@ def test_a_row_without_direction_stays_where_it_is():
 
 
 def test_draws_stay_in_their_range_and_follow_their_rows():
-    settings = dmd2.Settings(least=0.2, most=0.6, shift=False, jitter=0.5)
+    settings = dmd2.Settings(least=0.2, most=0.6, shift=False)
     keys = jax.random.split(KEY, 500)
     given = keys, jnp.zeros((500, 2, 2, 1)), 1.0
     sigma, noise = dmd2.draw(settings, *given, jnp.ones(500), jnp.zeros(500))
@@ -119,9 +119,19 @@ def test_draws_stay_in_their_range_and_follow_their_rows():
     np.testing.assert_allclose(between, ends[1] + (ends[0] - ends[1]) * sigma, atol=1e-6)
     as_dmd2, _ = dmd2.draw(settings._replace(within=False), *given, *ends)
     np.testing.assert_array_equal(as_dmd2, sigma)
-    scale = dmd2.draw_guidance(settings, keys)
-    assert scale.shape == (500, 1, 1, 1) and 3 <= scale.min() < 3.05 and 3.95 < scale.max() <= 4
-    assert dmd2.draw_guidance(settings._replace(jitter=0.0), keys) == 3.5
+
+
+def test_each_tasks_guidance_is_drawn_around_its_own():
+    settings = dmd2.Settings(guidance=3.5, edit_guidance=1.5, jitter=0.5)
+    keys, edits = jax.random.split(jax.random.key(0), 1000), jnp.arange(1000) % 2 == 1
+    scale = dmd2.draw_guidance(settings, edits, keys)
+    assert scale.shape == (1000, 1, 1, 1)
+    for middle, part in ((3.5, scale[::2]), (1.5, scale[1::2])):
+        assert middle - 0.5 <= part.min() < middle - 0.45
+        assert middle + 0.45 < part.max() <= middle + 0.5
+    plain = dmd2.draw_guidance(settings._replace(jitter=0.0), edits, keys)
+    np.testing.assert_array_equal(plain, dmd2.guidance_of(settings, edits))
+    np.testing.assert_array_equal(plain[:2].ravel(), [3.5, 1.5])
 
 
 def test_the_trajectory_is_the_teachers():

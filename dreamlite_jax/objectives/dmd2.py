@@ -38,9 +38,10 @@ LogitFn = Callable[[Array, Array], Array]  # (xt [B, h, w, c], sigma [B]) -> log
 class Settings(NamedTuple):
     """Of the student's loss, and of the teacher that it sees."""
 
-    guidance: float = 3.5  # the teacher's, by the text
+    guidance: float = 3.5  # the teacher's, by the text, of text to image
+    edit_guidance: float = 3.5  # and of edits, whose source says most already
     image_guidance: float = 1.0  # by the source of edits; 1 saves the teacher a branch
-    jitter: float = 0.0  # the text's lies within guidance +- jitter, drawn for every row
+    jitter: float = 0.0  # the text's lies within this of its own, drawn for every row
     least: float = 0.02  # sigmas at which scores are compared are uniform in [least, most), ...
     most: float = 0.98
     shift: bool = True  # ... then moved towards noise as the sampler's
@@ -59,7 +60,7 @@ class Settings(NamedTuple):
             for name in ("jitter", "gan", "gan_score", "trajectory")
             if not 0 <= getattr(self, name) < math.inf
         ]
-        for name in ("guidance", "image_guidance"):
+        for name in ("guidance", "edit_guidance", "image_guidance"):
             if not math.isfinite(getattr(self, name)):
                 found.append(f"{name} is {getattr(self, name)}, should be finite")
         if not 0 < self.least < self.most < 1:
@@ -73,7 +74,8 @@ class Settings(NamedTuple):
     @property
     def guided(self) -> bool:
         """Whether the teacher needs null texts."""
-        return (self.guidance, self.image_guidance, self.jitter) != (1, 1, 0)
+        scales = self.guidance, self.edit_guidance, self.image_guidance
+        return scales != (1, 1, 1) or self.jitter != 0
 
 
 # --- The student's samples ------------------------------------------------------------------------
@@ -132,13 +134,17 @@ def within(settings: Settings, sigma: Array, before: Array, after: Array) -> Arr
     return after + (before - after) * sigma if settings.within else sigma
 
 
-def draw_guidance(settings: Settings, keys: Array) -> Array | float:
-    """The teacher's text guidance of every row, shaped to multiply latents: [B, 1, 1, 1]; without
-    jitter the number itself."""
-    if not settings.jitter:
-        return settings.guidance
+def guidance_of(settings: Settings, edits: Array) -> Array:
+    """The teacher's text guidance of every row, edits bool [B], shaped to multiply latents: float32
+    [B, 1, 1, 1]."""
+    scale = jnp.where(edits, jnp.float32(settings.edit_guidance), settings.guidance)
+    return scale[:, None, None, None]
+
+
+def draw_guidance(settings: Settings, edits: Array, keys: Array) -> Array:
+    """`guidance_of` moved by the jitter of every row's own key [B]."""
     offset = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32, -1, 1))(keys)
-    return (settings.guidance + settings.jitter * offset)[:, None, None, None]
+    return guidance_of(settings, edits) + settings.jitter * offset[:, None, None, None]
 
 
 def direction(x0: Array, x0_fake: Array, x0_teacher: Array) -> Array:

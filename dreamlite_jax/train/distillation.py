@@ -120,7 +120,7 @@ def plain(config: system.Config, unet: Params, given: Any) -> sampling.VelocityF
 
 
 def guided(
-    config: system.Config, unet: Params, given: Any, loss: dmd2.Settings, scale: Array | float
+    config: system.Config, unet: Params, given: Any, loss: dmd2.Settings, scale: Array
 ) -> sampling.VelocityFn:
     """Of the teacher. Text to image has no source, so that dual guidance is single there."""
     if not loss.guided:
@@ -163,7 +163,8 @@ def make_losses(config: system.Config, settings: Settings, loss: dmd2.Settings) 
         given, fake = rows["given"], frozen[FAKE]
         for_place, for_scale, for_gan = split_keys(keys, 3)
         student_fn = plain(config, trained["unet"], given)
-        scale = dmd2.draw_guidance(loss, for_scale)
+        edits = stages.edits(rows["task"])
+        scale = dmd2.draw_guidance(loss, edits, for_scale)
         teacher_fn = guided(config, frozen[TEACHER], given, loss, scale)
         x0 = dmd2.sample_from(student_fn, rows["xt"], rows["sigma"])
         mu = flow.resolution_mu(*x0.shape[1:3], config.shift)
@@ -179,7 +180,8 @@ def make_losses(config: system.Config, settings: Settings, loss: dmd2.Settings) 
             metrics["student/fooling"] = Mean.of(fooling)
         if loss.trajectory:
             sigmas = jnp.asarray(flow.sigma_list(settings.steps, mu))
-            teacher_fn = guided(config, frozen[TEACHER], given, loss, loss.guidance)
+            scale = dmd2.guidance_of(loss, edits)
+            teacher_fn = guided(config, frozen[TEACHER], given, loss, scale)
             given_to = student_fn, teacher_fn, rows["noise"], sigmas, loss.trajectory_steps
             apart = dmd2.trajectory_losses(*given_to)
             total = total + loss.trajectory * apart
@@ -351,13 +353,11 @@ def drawn(
     name, float32 [B, H, W, 3], about [-1, 1]."""
     given, x0 = stages.conditions(config, networks, batch, context_length)
     mu = flow.resolution_mu(*x0.shape[1:3], config.shift)
+    scale = dmd2.guidance_of(loss, stages.edits(batch["task"]))
     ways = {
         STUDENT: (plain(config, networks[STUDENT], given), steps),
         FAKE: (plain(config, networks[FAKE], given), teacher_steps),
-        TEACHER: (
-            guided(config, networks[TEACHER], given, loss, loss.guidance),
-            teacher_steps,
-        ),
+        TEACHER: (guided(config, networks[TEACHER], given, loss, scale), teacher_steps),
     }
     return {
         name: system.decode_latents(
