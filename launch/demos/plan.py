@@ -85,7 +85,7 @@ STAGES = (
         "distill_dmd2",
         "Distillation",
         "A student learns to do in four steps, unguided, what its teacher does in 28 guided ones.",
-        440,
+        220,
     ),
 )
 DISTILLED = {"name": "distilled", "diversity": 16, "inputs": True}
