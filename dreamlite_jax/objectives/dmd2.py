@@ -92,6 +92,7 @@ def simulated(
     """
     sigmas, noise = jnp.asarray(sigmas, jnp.float32), noise.astype(jnp.float32)
 
+    # The last step's x0 is taken within the loop, so that the program has the network once.
     def step(k: Array, passed: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         _, _, xt = passed
         velocity = velocity_fn(xt, sigmas[k]).astype(jnp.float32)
