@@ -9,8 +9,9 @@
 `--model` is a model directory or a run's workdir. Several variants share what was compiled, and
 each is compared with the first over the prompts that both have drawn. A variant has a `name`, a
 `model`, and any of the flags steps, guidance, image_guidance, count, task, split, diversity,
-inputs. In place of `model` one may have `pictures`, a folder with what another program made of a
-variant's inputs (convert.run_bundle --requests).
+inputs. Those of the same `group`, such as the seeds of a training, are averaged, too, with the
+intervals of their change over prompts and over runs. In place of `model` one may have `pictures`, a
+folder with what another program made of a variant's inputs (convert.run_bundle --requests).
 
 Writes scores.json, with accuracies and by attribute how much of what was asked is there, and for
 every variant, task and split what was drawn and a contact sheet. Run again after an interruption it
@@ -20,7 +21,7 @@ does what is missing.
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from dreamlite_jax.evals import shapes, statistics
 from dreamlite_jax.evals.shapes import Case
 from dreamlite_jax.train import checkpoint, origins, signals
 from launch import compilation
-from launch.files import read_json, write_arrays, write_json
+from launch.files import read_arrays, read_json, write_arrays, write_json
 
 MODEL = flags.DEFINE_string("model", None, "model directory, or a run's workdir")
 VARIANTS = flags.DEFINE_string("variants", None, "JSON list of several variants, see above")
@@ -71,6 +72,7 @@ class Variant(NamedTuple):
     split: tuple[str, ...] = shapes.SPLITS
     diversity: int = 0
     inputs: bool = False
+    group: str | None = None
 
 
 class Cell(NamedTuple):
@@ -110,9 +112,12 @@ def main() -> None:
                     check_tasks(cell.variant, model[1])
                 result = evaluated(cell, model[1] if name is not None else None, asked)
                 write_json(cell.file(".json"), result)
-            first = cell._replace(variant=found[0], folder=out / found[0].name)
-            results.append(read_json(cell.file(".json")) | compared(cell, first))
+            change = compared(beside(cell, cells[0]), cell)
+            results.append(read_json(cell.file(".json")) | change)
             print(f"{k + 1}/{len(cells)} {line(results[-1])}", flush=True)
+    for averaged in averages(cells, results):
+        results.append(averaged)
+        print(average_line(averaged))
     write_json(out / SCORES, results)
 
 
@@ -252,19 +257,39 @@ def sheet(cell: Cell, images: np.ndarray, given: list[Case], found: list[shapes.
     pictures.write_png(cell.file(".png"), pictures.contact_sheet(rows, captions, 128))
 
 
-def compared(cell: Cell, first: Cell) -> dict[str, Any]:
-    """The change of the accuracy from the first variant's, with its 95 % interval."""
+def compared(first: Cell, *cells: Cell) -> dict[str, Any]:
+    """The change of the accuracy from the first variant's to a cell's, or several cells' on
+    average, with its 95 % interval."""
+    cell = cells[0]
     drawn = cell.task in first.variant.task and cell.split in first.variant.split
-    if cell == first or not drawn:
+    if first in cells or not drawn:
         return {}
-    exact = []
-    for one in (first, cell):
-        with np.load(one.file(".npz")) as arrays:
-            exact.append(arrays["exact"])
-    n = min(map(len, exact))
-    found = statistics.change(exact[0][:n], exact[1][:n])
-    value = {"value": found.value, "low": found.low, "high": found.high, "count": n}
-    return {"change": {"against": first.variant.name, **value}}
+    before, *after = (read_arrays(one.file(".npz")) for one in (first, *cells))
+    found = statistics.change_of_drawn(before, *after)
+    return {"change": {"against": first.variant.name, **found}}
+
+
+def averages(cells: list[Cell], results: list[dict]) -> Iterator[dict[str, Any]]:
+    """Of the cells of a group that have the same task and split."""
+    groups: dict[tuple, list[int]] = {}
+    for k, cell in enumerate(cells):
+        if cell.variant.group is not None:
+            groups.setdefault((cell.variant.group, cell.task, cell.split), []).append(k)
+    for (group, task, split), members in groups.items():
+        if len(members) > 1:
+            yield {
+                "group": group,
+                "variants": [cells[k].variant.name for k in members],
+                "task": task,
+                "split": split,
+                "accuracy": float(np.mean([results[k]["accuracy"] for k in members])),
+                **compared(beside(cells[members[0]], cells[0]), *(cells[k] for k in members)),
+            }
+
+
+def beside(cell: Cell, other: Cell) -> Cell:
+    """The other variant's cell of the same task and split."""
+    return cell._replace(variant=other.variant, folder=other.folder)
 
 
 def line(result: Mapping[str, Any]) -> str:
@@ -274,11 +299,24 @@ def line(result: Mapping[str, Any]) -> str:
         f"({low:.1f} to {high:.1f}, n = {result['count']}), score {result['score']:.3f}, "
         f"sharpness {result['sharpness']:.2f}"
     )
+    return said + change_said(result)
+
+
+def average_line(result: Mapping[str, Any]) -> str:
+    return (
+        f"{result['group']} {result['task']} {result['split']}: {100 * result['accuracy']:.1f} % "
+        f"exact on average of {len(result['variants'])}{change_said(result)}"
+    )
+
+
+def change_said(result: Mapping[str, Any]) -> str:
     if "change" not in result:
-        return said
-    value, low, high = (100 * result["change"][key] for key in ("value", "low", "high"))
-    against = result["change"]["against"]
-    return f"{said}, {value:+.1f} points ({low:+.1f} to {high:+.1f}) against {against}"
+        return ""
+    change = {k: v if isinstance(v, str) else 100 * v for k, v in result["change"].items()}
+    said = f", {change['value']:+.1f} points ({change['low']:+.1f} to {change['high']:+.1f}"
+    if "runs_low" in change:
+        said += f" over prompts) ({change['runs_low']:+.1f} to {change['runs_high']:+.1f} over runs"
+    return f"{said}) against {change['against']}"
 
 
 if __name__ == "__main__":

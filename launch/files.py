@@ -22,3 +22,8 @@ def read_json(file: Path) -> Any:
 def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with replaced_file(file) as stream:
         np.savez_compressed(stream, **arrays)
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file) as arrays:
+        return dict(arrays)

@@ -9,6 +9,7 @@ import pytest
 
 from dreamlite_jax import generation, system
 from dreamlite_jax.data import shapes as world
+from dreamlite_jax.errors import UserError
 from dreamlite_jax.evals import shapes, statistics
 
 
@@ -53,6 +54,32 @@ def test_changes_are_paired():
     assert same.value == 0 and same.half == 1 / 8  # never a certainty
     with pytest.raises(ValueError, match="same ones"):
         statistics.change([True], [True, False])
+
+
+def test_drawings_are_compared_over_the_prompts_of_both():
+    before = {"exact": np.array([False, True]), "prompts": np.array(["a", "b"])}
+    after = {"exact": np.array([True, True, False]), "prompts": np.array(["a", "b", "c"])}
+    found = statistics.change_of_drawn(before, after)
+    assert (found["value"], found["count"]) == (0.5, 2)
+    assert found["low"] < 0.5 < found["high"]
+    assert "runs_low" not in found
+    with pytest.raises(UserError, match="different prompts"):
+        statistics.change_of_drawn(before, after | {"prompts": np.array(["a", "x", "c"])})
+
+
+def test_several_runs_have_an_interval_over_prompts_and_one_over_runs():
+    prompts = np.array(list("abcd"))
+    drawn = [
+        {"exact": np.array(exact, bool), "prompts": prompts}
+        for exact in ([0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0])
+    ]
+    found = statistics.change_of_drawn(*drawn)
+    assert found["value"] == pytest.approx(0.75) and found["count"] == 4
+    by_prompt = np.std([1, 1, 2 / 3, 1 / 3], ddof=1) / 2
+    assert found["high"] - found["value"] == pytest.approx(1.959964 * by_prompt)
+    # Runs gain 0.5, 1 and 0.75: a deviation of 0.25, times 4.3027 of Student's t of 2.
+    assert found["runs_high"] - found["value"] == pytest.approx(4.30265 * 0.25 / math.sqrt(3))
+    assert found["runs_low"] + found["runs_high"] == pytest.approx(2 * found["value"])
 
 
 @pytest.mark.parametrize("task", ["t2i", "edit"])
@@ -204,6 +231,29 @@ def test_variants_are_compared_with_the_first(tmp_path, capsys):
     assert "change" not in first
     assert second["change"]["against"] == "old" and second["change"]["count"] == 5
     assert third["change"]["count"] == 4
+
+
+def test_runs_of_a_group_are_averaged(tmp_path, capsys):
+    """Of five pictures, the first variant has none right, the group's 3 and 5."""
+    images = np.stack([case.target for case in shapes.cases("t2i", "held_out", 5, 32)])
+    variants = []
+    for name, wrong in (("old", 5), ("seed_0", 2), ("seed_1", 0)):
+        made = np.where(np.arange(5)[:, None, None, None] < wrong, 255, images).astype(np.uint8)
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "t2i_held_out.npz", images=made)
+        one = {"name": name, "pictures": str(tmp_path / name)}
+        group = {"group": "new"} if name != "old" else {}
+        variants.append({**one, **group, "task": ["t2i"], "split": ["held_out"]})
+    flags = (f"--variants={json.dumps(variants)}", f"--out={tmp_path / 'out'}")
+    assert commands.run("evaluate", *flags, "--compilation_cache=") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    # Two runs' deviation is 0.2828, times 12.706 of Student's t of 1 / sqrt(2): 254.1 points.
+    assert last.startswith("new t2i held_out: 80.0 % exact on average of 2, +80.0 points")
+    assert "(-174.1 to +334.1 over runs) against old" in last
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())[-1]
+    assert found["group"] == "new" and found["variants"] == ["seed_0", "seed_1"]
+    assert found["accuracy"] == pytest.approx(0.8)
+    assert found["change"]["value"] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dreamlite_jax.evals import statistics
-from launch.files import read_json
+from launch.files import read_arrays, read_json
 
 TASKS = ("t2i", "edit")
 NAMES = {"t2i": "Text to image", "edit": "Editing"}
@@ -94,8 +94,7 @@ def arrays(folder: Path, variant: str, task: str, split: str = "held_out") -> di
     file = scores(folder, variant, task, split, ".npz")
     if not file.is_file():
         return None
-    with np.load(file) as found:
-        return dict(found)
+    return read_arrays(file)
 
 
 def changed(folder: Path, task: str, name: str, after: str, before: str) -> dict[str, float]:
@@ -103,11 +102,9 @@ def changed(folder: Path, task: str, name: str, after: str, before: str) -> dict
     pair = [arrays(folder, variant, task) for variant in (before, after)]
     if None in pair:
         return {}
-    n = min(len(found["exact"]) for found in pair)
-    first, second = (found["exact"][:n] for found in pair)
-    found = statistics.change(first, second)
-    key = f"{task}_{name}"
-    return {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high, f"{key}_count": n}
+    found = statistics.change_of_drawn(*pair)
+    endings = {"value": "", "low": "_low", "high": "_high", "count": "_count"}
+    return {f"{task}_{name}{ending}": found[what] for what, ending in endings.items()}
 
 
 def likeness(folder: Path, task: str, bundle: str) -> dict[str, float]:
