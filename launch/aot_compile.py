@@ -5,8 +5,10 @@
       --config.batch_size=512 --config.remat=none
 
 It is the very step of `launch.train`, with stored latents and embeddings as its batch; neither
-data nor weights are needed. Needs libtpu (pip install 'dreamlite_jax[tpu]') and, for the released
-network at 1024 px, some ten minutes. Exit code 3: it does not fit the chip's memory.
+data nor weights are needed. Distillation's is two updates, of which --update compiles one alone:
+both at once take more memory of the machine that compiles. Needs libtpu (pip install
+'dreamlite_jax[tpu]') and, for the released network at 1024 px, some ten minutes. Exit code 3: it
+does not fit the chip's memory.
 """
 
 import functools
@@ -16,7 +18,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +38,14 @@ from dreamlite_jax.train import checks, costs, distillation, loop, optim, shardi
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train.metrics import PEAK_FLOPS
 from dreamlite_jax.train.state import new_state
-from dreamlite_jax.train.update import make_update
+from dreamlite_jax.train.update import StepFn, make_update
 
 DOES_NOT_FIT = 3
 STAGES = (checks.DIFFUSION, checks.DMD2)
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "kind and shape of the slice")
+UPDATE = flags.DEFINE_enum("update", "both", ["both", "student", "fake"], "of distillation: which")
 HBM = flags.DEFINE_float("hbm_gib", None, "memory of a device, GiB; default: the chip's")
 JSON = flags.DEFINE_string("json", None, "file for the figures")
 HLO = flags.DEFINE_string("hlo", None, "file for the compiled program's text")
@@ -56,6 +59,8 @@ def main() -> None:
         raise cli.CommandError(
             f"the stage {raw.stage!r} is not compiled here, only {' and '.join(STAGES)}"
         )
+    if UPDATE.value != "both" and raw.stage != checks.DMD2:
+        raise cli.CommandError(f"--update is of the stage {checks.DMD2!r}, not of {raw.stage!r}")
     devices = topology(TOPOLOGY.value)
     kind = devices[0].device_kind
     mesh = sharding.make_mesh(raw.mesh.data, raw.mesh.fsdp, devices)
@@ -119,6 +124,16 @@ def topology(name: str) -> list[Any]:
     return list(devices)
 
 
+class Step(NamedTuple):
+    """What is compiled, shapes of its arguments, and FLOPs of a row's gradients."""
+
+    fn: StepFn
+    state: Any
+    frozen: Any
+    batch: Any
+    flops: float
+
+
 def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
     """The step of a config, shapes of its arguments on the mesh, and the FLOPs of its gradient."""
     settings = train_config.settings_of(train_config.STAGES[raw.stage], raw.loss, "loss")
@@ -140,57 +155,84 @@ def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
     optimisation = train_config.optimisation_of(raw)
     trained = {"unet": pretrained.param_shapes(pretrained.UNET, network)}
     start = functools.partial(new_state, tx=optimisation.tx)
-    state, frozen = jax.eval_shape(start, trained), {}
-    plain = config._replace(remat="none", ops=PLAIN)
+    state = jax.eval_shape(start, trained)
     if raw.stage == checks.DMD2:
-        distill = distillation.settings_of(raw.distill, train_config.settings_of)
-        own = train_config.settings_of(optim.Settings, raw.optim, "optim")
-        score = distillation.score_optimisation(distill, own, raw.steps)
-        both = optimisation, optimisation._replace(**score)
-        make = functools.partial(distillation.make_step, context_length=context_length)
-        step_fn = make(config, distill, settings, student=both[0], fake=both[1])
-        state = {distillation.STUDENT: state, distillation.FAKE: state}
-        frozen = {distillation.TEACHER: trained["unet"]}
-        flops = distilled_flops(plain, distill, settings, trained, batch)
+        step = distilled_step(raw, config, settings, optimisation, trained, state, batch)
     else:
         loss_fn = stages.diffusion_loss(config, context_length, settings)
-        step_fn = make_update(loss_fn, *optimisation)
-        plain_loss = stages.diffusion_loss(plain, context_length, settings)
+        plain_loss = stages.diffusion_loss(plain(config), context_length, settings)
         flops = costs.gradient_flops(plain_loss, trained, {}, one_row(batch))
+        step = Step(make_update(loss_fn, *optimisation), state, {}, batch, flops)
 
-    rules = train_config.rules_of(raw)
-    state, frozen = (placed(x, sharding.shardings(x, rules, mesh)) for x in (state, frozen))
-    rows = NamedSharding(mesh, sharding.ROWS)
-    spread = placed(batch, jax.tree.map(lambda _: rows, batch))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return step_fn, (state, frozen, spread, key), raw.batch_size * flops
-
-
-def one_row(batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-
-
-def distilled_flops(
-    config: system.Config,
-    settings: distillation.Settings,
-    loss: dmd2.Settings,
-    trained: Any,
-    batch: dict[str, jax.ShapeDtypeStruct],
-) -> float:
-    """A row's in a step that updates both networks: their gradients. The compiler counts a branch
-    of `lax.cond` as always taken, and a loop of unknown length once."""
-    row, frozen = one_row(batch), {distillation.TEACHER: trained["unet"]}
-    frozen[distillation.FAKE] = trained
-    length = batch["context"].shape[1]
-    rows = jax.eval_shape(
-        lambda networks, row: distillation.prepared(
-            config, settings, length, networks, row, jax.random.key(0)
-        ),
-        trained,
-        row,
+    rules, rows = train_config.rules_of(raw), NamedSharding(mesh, sharding.ROWS)
+    state, frozen = (
+        placed(x, sharding.shardings(x, rules, mesh)) for x in (step.state, step.frozen)
     )
+    spread = placed(step.batch, jax.tree.map(lambda _: rows, step.batch))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return step.fn, (state, frozen, spread, key), raw.batch_size * step.flops
+
+
+def plain(config: system.Config) -> system.Config:
+    """As the network is written, whose arithmetic is the model's."""
+    return config._replace(remat="none", ops=PLAIN)
+
+
+def one_row(batch: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
+
+
+def distilled_step(
+    raw: ConfigDict,
+    config: system.Config,
+    loss: dmd2.Settings,
+    optimisation: stages.Optimisation,
+    trained: Any,
+    state: Any,
+    batch: Any,
+) -> Step:
+    """Distillation's, or one of its updates. The arithmetic of the step is both networks': the
+    compiler counts a branch of `lax.cond` as always taken, and a loop of unknown length, which
+    draws the samples, once.
+
+    Args:
+      trained, state: of one network.
+    """
+    settings = distillation.settings_of(raw.distill, train_config.settings_of)
+    own = train_config.settings_of(optim.Settings, raw.optim, "optim")
+    score = distillation.score_optimisation(settings, own, raw.steps)
+    student, fake = optimisation, optimisation._replace(**score)
+    length = batch["context"].shape[1]
+
+    def prepared(networks: Any, batch: Any, key: Any, config: system.Config = config) -> Any:
+        return distillation.prepared(config, settings, length, networks, batch, key)
+
+    def shapes_of(batch: Any) -> Any:
+        as_written = functools.partial(prepared, config=plain(config))
+        return jax.eval_shape(as_written, trained, batch, jax.random.key(0))
+
     losses = distillation.make_losses(config, settings, loss)
-    return sum(costs.gradient_flops(loss_fn, trained, frozen, rows) for loss_fn in losses)
+    networks = {distillation.TEACHER: trained["unet"], distillation.FAKE: trained}
+    row = shapes_of(one_row(batch))
+    as_written = distillation.make_losses(plain(config), settings, loss)
+    flops = distillation.Losses(
+        *(costs.gradient_flops(loss_fn, trained, networks, row) for loss_fn in as_written)
+    )
+
+    if UPDATE.value == distillation.STUDENT:
+        update = make_update(losses.student, *student)
+        return Step(update, state, networks, shapes_of(batch), flops.student)
+    if UPDATE.value == distillation.FAKE:
+        update = make_update(losses.fake, *fake)
+
+        def drawn_and_learnt(state: Any, networks: Any, batch: Any, key: Any) -> Any:
+            for_rows, for_fake = jax.random.split(key)
+            return update(state, {}, prepared(networks, batch, for_rows), for_fake)
+
+        return Step(drawn_and_learnt, state, trained, batch, flops.fake)
+    step_fn = distillation.make_step(config, settings, loss, length, student, fake)
+    states = {distillation.STUDENT: state, distillation.FAKE: state}
+    return Step(step_fn, states, {distillation.TEACHER: trained["unet"]}, batch, sum(flops))
 
 
 def abstract_batch(raw: ConfigDict, config: system.Config) -> dict[str, jax.ShapeDtypeStruct]:

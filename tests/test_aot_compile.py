@@ -61,9 +61,33 @@ def test_a_step_for_four_chips(config, tmp_path, capfd):
     assert re.match(r"error: does not fit: 0\.\d GiB a device of 0.0; lower batch_size", error)
 
 
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "distilled.py"
+    file.write_text(textwrap.dedent(CONFIG).replace("phase3_joint", "distill_dmd2"))
+    return f"--config={file}"
+
+
+def test_the_updates_of_distillation_one_by_one(distilled, tmp_path, capfd):
+    figures = {}
+    for update in ("student", "fake"):
+        file = tmp_path / f"{update}.json"
+        given = distilled, "--topology=v5e:2x2", f"--json={file}", f"--update={update}"
+        assert compile_for(*given, "--hbm_gib=1") == 0
+        figures[update] = json.loads(file.read_text())
+    student, fake = figures["student"], figures["fake"]
+    # A forward pass is a third of a gradient. The student's loss has one of the fake score and two
+    # (with and without the text) of the teacher beside its own; what the fake score learns from is
+    # drawn by the student, which is no part of its loss.
+    assert student["model_flops"] / fake["model_flops"] == pytest.approx(2, rel=0.1)
+    assert student["flops"] / student["model_flops"] == pytest.approx(1, rel=0.1)
+    assert fake["flops"] / fake["model_flops"] == pytest.approx(4 / 3, rel=0.1)
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
+        (["--update=fake"], "--update is of the stage 'dmd2', not of 'diffusion'"),
         (
             ["--topology=v5e:3x"],
             "--topology v5e:3x: .*; expected a kind and a shape such as v5e:4x4",
