@@ -264,8 +264,8 @@ def compared(first: Cell, *cells: Cell) -> dict[str, Any]:
     drawn = cell.task in first.variant.task and cell.split in first.variant.split
     if first in cells or not drawn:
         return {}
-    before, *after = (read_arrays(one.file(".npz")) for one in (first, *cells))
-    found = statistics.change_of_drawn(before, *after)
+    drawings = (read_arrays(one.file(".npz"), "exact", "prompts") for one in (first, *cells))
+    found = statistics.change_of_drawn(*drawings)
     return {"change": {"against": first.variant.name, **found}}
 
 

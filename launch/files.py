@@ -24,6 +24,7 @@ def write_arrays(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
         np.savez_compressed(stream, **arrays)
 
 
-def read_arrays(file: Path) -> dict[str, np.ndarray]:
+def read_arrays(file: Path, *names: str) -> dict[str, np.ndarray]:
+    """The arrays of those names, or all."""
     with np.load(file) as arrays:
-        return dict(arrays)
+        return {name: arrays[name] for name in names or arrays.files}
