@@ -32,7 +32,7 @@ from dreamlite_jax.data.shapes.world import (
     satisfies,
 )
 
-_TRIES = 400
+_TRIES = 4000
 
 
 @dataclass(frozen=True)
