@@ -105,7 +105,7 @@ def tokenizer(preset: str = "tiny") -> Any:
     )
     words = [prompts.templated(mode, prompts.tagged(mode, "")) for mode in prompts.MODES]
     if preset == "shapes":
-        at = shapes.WIDE, "all", 0
+        at = shapes.DEMO, "all", 0
         words += [shapes.sample_t2i(*at, k).caption for k in range(_CAPTIONS)]
         words += [shapes.sample_edit(*at, k).instruction for k in range(_CAPTIONS)]
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))

@@ -14,9 +14,7 @@ def get_config(variant=None):
     config.stage, config.train = "autoencoder", ("vae",)
     config.model, config.image_size = "shapes", 32
     config.dtype = "float32"
-    config.data = tuple(
-        {"source": f"shapes:{name}:all", "task": "t2i"} for name in ("demo", "wide")
-    )
+    config.data = ({"source": "shapes:demo:all", "task": "t2i"},)
     config.batch_size = 16
     config.steps = 3000
     config.loss = {"moments": 1e-2, "noise": 0.3}

@@ -32,7 +32,7 @@ from dreamlite_jax.data.shapes.world import (
     satisfies,
 )
 
-_TRIES = 4000
+_TRIES = 400
 
 
 @dataclass(frozen=True)

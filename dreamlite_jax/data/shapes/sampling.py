@@ -141,10 +141,7 @@ TOLD = replace(
     open_ground=0.0,
     another=0.0,
 )
-# TOLD of every shape, colour and ground, less the same pairs. To keep what an edit leaves alone has
-# to be learnt for any thing: from DEMO's sixteen pairs it is learnt for these.
-WIDE = replace(TOLD, shapes=SHAPES, colours=tuple(COLOURS), grounds=tuple(GROUNDS))
-SETTINGS = {"quick": QUICK, "demo": DEMO, "told": TOLD, "wide": WIDE, "hard": HARD}
+SETTINGS = {"quick": QUICK, "demo": DEMO, "told": TOLD, "hard": HARD}
 
 
 @dataclass(frozen=True)
