@@ -308,12 +308,15 @@ def _place_things(
     stays = [want.was is not None and not want.place for want in spec.wants]
     for k in sorted(range(len(bodies)), key=lambda k: (not stays[k], -bodies[k][2])):
         want, body = spec.wants[k], bodies[k]
-        near = body[2] * reach(body[0]) + settings.edge
+        reached = body[2] * reach(body[0])
         for _ in range(1 if stays[k] else 20):
-            xy = (want.was.x, want.was.y) if stays[k] else _position(settings, rng, near)
-            thing = Thing(*body, *xy)
-            if _fits(settings, want, thing, things.values()):
-                things[k] = thing
+            x, y = (
+                (want.was.x, want.was.y)
+                if stays[k]
+                else _position(settings, rng, reached + settings.edge)
+            )
+            if _fits(settings, want, reached, x, y, things.values()):
+                things[k] = Thing(*body, x, y)
                 break
         if k not in things:
             return None
@@ -324,26 +327,34 @@ def _place_things(
 
 def _position(settings: Settings, rng: np.random.Generator, near: float) -> tuple[float, float]:
     """Uniform where a thing that reaches `near` fits; the jitter draws it to a 3 x 3 grid."""
-    xy = []
-    for _ in range(2):
-        free = near + rng.random() * max(0.0, 1 - 2 * near)
-        anchor = min((near, 0.5, 1 - near), key=lambda a: abs(a - free))
-        xy.append(anchor + settings.jitter * (free - anchor))
-    return xy[0], xy[1]
+    free = max(0.0, 1 - 2 * near)
+    x = _drawn_to(settings.jitter, near, near + rng.random() * free)
+    return x, _drawn_to(settings.jitter, near, near + rng.random() * free)
 
 
-def _fits(settings: Settings, want: Want, thing: Thing, others: Iterable[Thing]) -> bool:
-    x, y, was = thing.x, thing.y, want.was
-    reached = thing.radius * reach(thing.shape)
+def _drawn_to(jitter: float, near: float, free: float) -> float:
+    """A place drawn towards the nearest of `near`, the middle and 1 - `near`."""
+    if 2 * free <= near + 0.5:
+        anchor = near
+    else:
+        anchor = 0.5 if 2 * free <= 1.5 - near else 1 - near
+    return anchor + jitter * (free - anchor)
+
+
+def _fits(
+    settings: Settings, want: Want, reached: float, x: float, y: float, others: Iterable[Thing]
+) -> bool:
+    """Whether a thing that reaches so far around (x, y) is where it should be, and has room."""
     near = reached + settings.edge - 1e-9
     if not (near <= x <= 1 - near and near <= y <= 1 - near):
         return False
     if want.place == ELSEWHERE:
-        if (x - was.x) ** 2 + (y - was.y) ** 2 < (FAR + MARGIN) ** 2:
+        if (x - want.was.x) ** 2 + (y - want.was.y) ** 2 < (FAR + MARGIN) ** 2:
             return False
     elif want.place and not in_place(x, y, want.place, MARGIN):
         return False
-    return all(
-        (x - o.x) ** 2 + (y - o.y) ** 2 >= (reached + o.radius * reach(o.shape) + settings.gap) ** 2
-        for o in others
-    )
+    for other in others:
+        apart = reached + other.radius * reach(other.shape) + settings.gap
+        if (x - other.x) ** 2 + (y - other.y) ** 2 < apart**2:
+            return False
+    return True

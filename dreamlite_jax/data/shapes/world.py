@@ -129,8 +129,12 @@ def in_place(x: float, y: float, place: str, margin: float = 0.0) -> bool:
     if place == "middle":
         return max(abs(x - 0.5), abs(y - 0.5)) <= 0.15 - margin
     near = 0.45 - margin
-    tests = {"left": x <= near, "right": 1 - x <= near, "top": y <= near, "bottom": 1 - y <= near}
-    return all(tests[word] for word in place.split())
+    return (
+        ("left" not in place or x <= near)
+        and ("right" not in place or 1 - x <= near)
+        and ("top" not in place or y <= near)
+        and ("bottom" not in place or 1 - y <= near)
+    )
 
 
 def related(a: Thing, relation: str, b: Thing, margin: float = 0.0) -> bool:
