@@ -334,10 +334,11 @@ def _position(settings: Settings, rng: np.random.Generator, near: float) -> tupl
 
 def _drawn_to(jitter: float, near: float, free: float) -> float:
     """A place drawn towards the nearest of `near`, the middle and 1 - `near`."""
+    anchor = 1 - near
     if 2 * free <= near + 0.5:
         anchor = near
-    else:
-        anchor = 0.5 if 2 * free <= 1.5 - near else 1 - near
+    elif 2 * free <= 1.5 - near:
+        anchor = 0.5
     return anchor + jitter * (free - anchor)
 
 
