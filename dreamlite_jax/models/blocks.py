@@ -7,6 +7,7 @@ transformers too (a token is a pixel), so no block reshapes what the next one wa
 Names are diffusers' (`unet_dreamlite.py`, `transformer_2d_dreamlite.py`): a path is a tensor name.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
@@ -385,9 +387,12 @@ def sinusoids(positions: Array, width: int, *, cos_first: bool, shift: float) ->
 
     frequency_i = 10000 ** (-i / (width / 2 - shift)); Ho et al. 2020, diffusers'
     `get_timestep_embedding` with `flip_sin_to_cos` = cos_first and `downscale_freq_shift` = shift.
+    The frequencies are NumPy's, rounded as there: angles are up to 1000 times as large, and devices
+    round `exp` each in its own way.
     """
     half = width // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
+    exponents = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32)
+    frequencies = np.exp(exponents / np.float32(half - shift))
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     return jnp.concatenate([cos, sin] if cos_first else [sin, cos], axis=-1)
