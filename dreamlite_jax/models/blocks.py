@@ -387,8 +387,8 @@ def sinusoids(positions: Array, width: int, *, cos_first: bool, shift: float) ->
 
     frequency_i = 10000 ** (-i / (width / 2 - shift)); Ho et al. 2020, diffusers'
     `get_timestep_embedding` with `flip_sin_to_cos` = cos_first and `downscale_freq_shift` = shift.
-    The frequencies are NumPy's, rounded as there: angles are up to 1000 times as large, and devices
-    round `exp` each in its own way.
+    The frequencies are NumPy's: angles are up to 1000 times as large, and devices round `exp` each
+    in its own way.
     """
     half = width // 2
     exponents = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32)
