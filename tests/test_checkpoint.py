@@ -21,6 +21,7 @@ import optax
 import pytest
 
 from dreamlite_jax.train import checkpoint
+from dreamlite_jax.train import checksums as checksums_module
 from dreamlite_jax.train.checkpoint import CheckpointError
 from dreamlite_jax.train.checksums import checksums
 
@@ -151,6 +152,18 @@ def test_checksums_see_every_bit_and_the_order():
         assert checksum(jnp.ones(3, dtype)) != checksum(
             jnp.ones(3, dtype).at[1].set(jnp.zeros((), dtype))
         )
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3, 4)])
+def test_checksums_of_a_cpu_are_those_of_other_devices(shape):
+    numbers = np.random.default_rng(0).standard_normal(shape) * 5
+    place = np.array([[7, 8, 9, 10], [12, 4, 1, 1]], np.uint32)
+    for dtype in ("float32", "bfloat16", "float64", "int64", "int4", "uint8", "bool", "complex64"):
+        with jax.enable_x64(True):
+            array = jnp.asarray(numbers).astype(dtype)
+            there = checksums_module._checksum(array, place)
+            words = checksums_module._words(np.asarray(array), np)
+            assert checksums_module._sum(words, place, np) == there, dtype
 
 
 def test_only_arrays_are_saved(tmp_path):

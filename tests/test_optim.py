@@ -168,3 +168,11 @@ def test_all_problems_come_together():
         *("lr", "warmup", "beta1", "trained")
     ]
     assert Settings().problems(1) == []
+
+
+@pytest.mark.parametrize("sizes", [(3, 70), (5000, 3, 4096, 4097), (9000,), ()])
+def test_the_norm_of_small_and_large_arrays(sizes):
+    rng = np.random.default_rng(0)
+    tree = {str(n): jnp.asarray(rng.standard_normal((n, 2)), jnp.float32) for n in sizes}
+    expected = np.sqrt(sum(np.square(np.float64(x)).sum() for x in tree.values()))
+    np.testing.assert_allclose(jax.jit(optim.norm)(tree), expected, rtol=1e-6)

@@ -51,7 +51,8 @@ class Limit(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """When a run does what, in steps; 0 for never."""
+    """When a run does what, in steps; 0 for never. What is done at times is done after the
+    last step, too, which is logged and saved in any case."""
 
     steps: int
     batch_size: int
@@ -146,7 +147,8 @@ def fit(
                     window, clock, making = [], Interval(done, time.monotonic()), 0.0
                     _check(found, schedule, done)
                 pause = time.monotonic()
-                if due(done, schedule.sample_every) or done == schedule.steps:
+                last = done == schedule.steps and schedule.sample_every > 0
+                if due(done, schedule.sample_every) or last:
                     _predict(stage, state, frozen, done, writer)
                 leaving = _leaving(asked, done)
                 if due(done, schedule.checkpoint_every) or done == schedule.steps or leaving:

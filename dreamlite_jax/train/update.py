@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from dreamlite_jax.train.optim import matching, once
+from dreamlite_jax.train.optim import matching, norm, once
 from dreamlite_jax.train.state import Params, TrainState
 
 LossFn = Callable[[Params, Any, Any, Array], tuple[Array, dict[str, "Mean"]]]
@@ -62,7 +62,7 @@ def make_update(
 
     def update(state: TrainState, frozen: Any, batch: Any, key: Array):
         grads, metrics = gradients(loss_fn, state.params, frozen, batch, key, accumulation, trained)
-        grad_norm = once(optax.tree.norm(grads))
+        grad_norm = once(norm(grads))
         fine = once(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
         if clip:
             scale = once(jnp.minimum(1.0, clip / grad_norm))
@@ -88,8 +88,8 @@ def make_update(
         )
         metrics |= {
             "grad_norm": grad_norm,
-            "update_norm": optax.tree.norm(updates),
-            "param_norm": optax.tree.norm(state.params),
+            "update_norm": norm(updates),
+            "param_norm": norm(state.params),
             "skipped": state.skipped.astype(jnp.float32),
             "streak": state.streak.astype(jnp.float32),
         }

@@ -93,11 +93,10 @@ BUNDLES = ("fp16", "int8")
 QUICK_STEPS = 10
 # Of the quick variants: most of their time is compilation and long prompts, which these shorten.
 SMALLEST = (
-    "--config.model=shapes",
     "--config.image_size=32",
     "--config.text_length=120",
     "--config.sample.every=0",
-    "--config.checkpoint.every=4",
+    "--config.checkpoint.every=0",
 )
 
 
@@ -192,11 +191,14 @@ def train(plan: Plan, stage: Stage, before: Stage | None) -> Step:
 def training(plan: Plan, config: str, workdir: Path, start: Path | None) -> list[str]:
     """What all stages' flags have in common."""
     file = f"configs/shapes/{config}.py"
+    # The first run makes the small random networks and their tokenizer, for all.
+    model = plan.run(STAGES[0]) / "shapes_model" if start else "shapes"
     return [
         f"--config={file}:quick" if plan.quick else f"--config={file}",
         f"--workdir={workdir}",
         f"--compilation_cache={plan.cache}",
         f"--config.seed={plan.seed}",
+        f"--config.model={model}",
         *([f"--config.init_from={start}"] if start else []),
         *(SMALLEST if plan.quick else ()),
     ]
