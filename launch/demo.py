@@ -34,8 +34,12 @@ def main() -> None:
     out, first = Path(OUT.value), SEED.value
     # Its memory comes and goes with every step of a training: huge pages spare most page faults.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    if QUICK.value:  # programs of ten steps: compiled fast rather than well
+    if QUICK.value:  # programs of ten steps, shaders of four pictures: compiled fast, not well
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        os.environ.setdefault("GALLIVM_PERF", "nopt")  # of the Vulkan driver that runs on CPUs
+    if CACHE.value:  # for the commands without that flag
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(CACHE.value))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     made = [plan.of(out, first + k, QUICK.value, CACHE.value) for k in range(SEEDS.value)]
     for one in made:
         plan.run(one, [*plan.steps(one), *(comparing.steps(one) if COMPARE.value else ())])

@@ -9,6 +9,7 @@ import pytest
 
 # Of tests and of what they start: libtpu, which they compile for, is no device here and says so.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("GALLIVM_PERF", "nopt")  # of the Vulkan driver: few pictures, many shaders
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
 
 

@@ -261,25 +261,26 @@ def make_step(
     update_student = make_update(losses.student, *student)
     update_fake = make_update(losses.fake, *fake)
 
+    @functools.partial(jax.jit, inline=True)  # traced once, for its metrics' shapes and to be used
+    def learn(student: TrainState, scores: Params, rows: Any, key: Array):
+        student, found = update_student(student, scores, rows, key)
+        return student, {
+            name if name.startswith(STUDENT) else f"{STUDENT}/{name}": value
+            for name, value in found.items()
+        }
+
     def step_fn(state: Any, frozen: Params, batch: Any, key: Array):
         for_rows, for_student, for_fake = jax.random.split(key, 3)
         before, score = state[STUDENT], state[FAKE]
         networks = {**frozen, "unet": before.params["unet"]}
         rows = prepared(config, settings, context_length, networks, batch, for_rows)
-        scores = {TEACHER: frozen[TEACHER], FAKE: score.params}
+        given = {TEACHER: frozen[TEACHER], FAKE: score.params}, rows, for_student
 
-        def learn(student: TrainState):
-            student, found = update_student(student, scores, rows, for_student)
-            return student, {
-                name if name.startswith(STUDENT) else f"{STUDENT}/{name}": value
-                for name, value in found.items()
-            }
-
-        shapes = jax.eval_shape(learn, before)[1]
+        shapes = jax.eval_shape(learn, before, *given)[1]
         nothing = {name: jnp.full(x.shape, jnp.nan, x.dtype) for name, x in shapes.items()}
         done = score.step + 1 - settings.warmup
         due = (done > 0) & (done % settings.ratio == 0)
-        after, found = lax.cond(due, learn, lambda student: (student, nothing), before)
+        after, found = lax.cond(due, learn, lambda student, *_: (student, nothing), before, *given)
 
         score, of_score = update_fake(score, {}, rows, for_fake)
         own = ("grad_norm", "update_norm", "param_norm")
