@@ -89,6 +89,7 @@ def base() -> ConfigDict:
 
     config.checkpoint = ConfigDict({"every": 1000, "keep": 3, "keep_every": 0})
     config.log = ConfigDict({"every": 50})
+    # What is shown, after every so many steps and the last one; every 0: never.
     config.sample = ConfigDict({"every": 1000, "rows": 8, "steps": 28, "guidance": 3.5})
     config.patience = 20  # updates in a row that may be skipped for not being finite
     config.profile_at = 0  # the step from which on a few are traced; 0: never

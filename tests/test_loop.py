@@ -62,6 +62,18 @@ def test_what_is_shown_changes_nothing(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ends[0][0], ends[1][0])
 
 
+@pytest.mark.parametrize("every, expected", [(4, [4, 6]), (0, [])])
+def test_what_is_shown_last_is_the_end_and_what_never_is_never(every, expected, tmp_path):
+    seen = []
+
+    def predict(state, frozen, step):
+        seen.append(step)
+        return loop.Predictions()
+
+    loop.fit(stage({"a": predict}), batches_from, schedule(sample_every=every), tmp_path)
+    assert seen == expected
+
+
 def test_the_share_of_the_peak_is_told_where_it_is_known(tmp_path, monkeypatch, capsys):
     loop.fit(stage({}), batches_from, schedule(), tmp_path / "a", flops_per_step=1e9)
     assert "mfu" not in capsys.readouterr().out  # of a CPU nothing is known
