@@ -176,3 +176,9 @@ def test_the_norm_of_small_and_large_arrays(sizes):
     tree = {str(n): jnp.asarray(rng.standard_normal((n, 2)), jnp.float32) for n in sizes}
     expected = np.sqrt(sum(np.square(np.float64(x)).sum() for x in tree.values()))
     np.testing.assert_allclose(jax.jit(optim.norm)(tree), expected, rtol=1e-6)
+
+
+def test_a_cpu_sums_all_small_arrays_as_one():
+    tree = [jnp.ones(size) for size in (*range(1, 40), 5000, 6000)]
+    program = jax.jit(optim.norm).lower(tree).as_text()
+    assert program.count("stablehlo.reduce(") == 3  # the large ones and the rest
