@@ -29,7 +29,7 @@ def get_config(variant=None):
     config.rl.process.window, config.rl.process.within = 1, 0.3
     config.rl.rewards = (
         {"reward": "shapes"},
-        {"reward": "shapes_exact"},  # or edits that are nearly right gain at the cost of right ones
+        {"reward": "shapes_exact"},  # the nearly right should not gain at the cost of the right
         {"reward": "saturation", "weight": 0.0},
         {"reward": "sharpness", "weight": 0.0},
     )
