@@ -25,7 +25,7 @@ def get_config(variant=None):
     config.rl = rl_grpo.rollouts()
     config.rl.group, config.rl.updates, config.rl.parts = 16, 1, 1
     # One random step, among the first three: what is right or wrong here is decided by then, and
-    # a second one replaces nearly all noise of the first, which would then teach nothing.
+    # a second one replaces nearly all noise of the first, which then teaches little.
     config.rl.process.window, config.rl.process.within = 1, 0.3
     config.rl.rewards = (
         {"reward": "shapes"},
