@@ -55,6 +55,7 @@ def rollouts() -> ConfigDict:
             "updates": 2,  # from each rollout, of a part of its pictures each
             "parts": 2,  # a rollout's pictures are drawn in so many parts
             "guidance": 1.0,  # inside the policy; 1: none
+            "shared_noise": False,  # whether a group begins at the same noise; DanceGRPO: True
             "process": {  # dreamlite_jax/objectives/grpo.py
                 "steps": 10,
                 "form": "cps",  # or "flow", Flow-GRPO's own, with level 0.7

@@ -102,6 +102,19 @@ def test_parts_change_nothing_and_the_key_does(toy):
     assert (np.asarray(again[1]) != np.asarray(whole[1])).mean() > 0.5
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_shared_noise_is_a_group_s_and_the_steps_are_every_picture_s(toy, parts):
+    # A window that begins behind the first step: until then a group's pictures are the same.
+    process = PROCESS._replace(window=1, order="sliding", every=1)
+    rows, _, _ = rolled_out(
+        SETTINGS._replace(process=process, shared_noise=True, parts=parts), number=1
+    )
+    start, after = (np.asarray(rows[name]).reshape(P, G, -1) for name in ("xt", "x_after"))
+    np.testing.assert_array_equal(start, np.repeat(start[:, :1], G, axis=1))
+    assert len(np.unique(start[:, 0, 0])) == P
+    assert len(np.unique(after[..., 0])) == P * G
+
+
 def test_a_sliding_window_follows_the_number_of_the_rollout(toy):
     process = PROCESS._replace(order="sliding", every=2)
     settings = SETTINGS._replace(process=process)

@@ -36,6 +36,9 @@ class Rollouts(NamedTuple):
     updates: int = 1  # from every rollout, each of a part of its rows
     parts: int = 1  # a rollout's rows are drawn in so many parts, one after the other
     guidance: float = 1.0  # inside the policy; 1: none
+    # A group's pictures begin at the same noise, as in DanceGRPO (Xue et al. 2025,
+    # arXiv 2505.07818): what their rewards differ by is then the random steps' doing.
+    shared_noise: bool = False
     process: grpo.Process = grpo.Process()
 
 
@@ -81,13 +84,15 @@ def make_rollout(
         given, shape = jax.tree.map(repeated, given), x0.shape[1:]
         rows = given["time_ids"].shape[0]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(for_rows, jnp.arange(rows))
+        firsts = repeated(keys[:: settings.group]) if settings.shared_noise else keys
         sigmas = flow.sigma_list(process.steps, flow.resolution_mu(*shape[:2], config.shift))
         start = grpo.window_start(process, number, for_window)
         draw = functools.partial(_draw, config, settings, networks, sigmas, start, shape)
         if settings.parts == 1:
-            made, pictures = draw((given, keys))
+            made, pictures = draw((given, firsts, keys))
         else:
-            made, pictures = joined_rows(lax.map(draw, split_rows((given, keys), settings.parts)))
+            parts = split_rows((given, firsts, keys), settings.parts)
+            made, pictures = joined_rows(lax.map(draw, parts))
         grouped = pictures.reshape(-1, settings.group, *pictures.shape[1:])
         return {**made, "given": given}, pictures, grpo.diversity(grouped / 127.5 - 1)
 
@@ -103,8 +108,12 @@ def _draw(
     shape: tuple[int, ...],
     rows: Any,
 ) -> tuple[dict[str, Array], Array]:
-    """Pictures of some rows, and their random steps."""
-    (given, keys), process = rows, settings.process
+    """Pictures of some rows, and their random steps.
+
+    Args:
+      rows: conditions, and keys of the first noise and of the steps'.
+    """
+    (given, firsts, keys), process = rows, settings.process
 
     def first(key: Array) -> Array:  # the steps have the numbers before this one
         return jax.random.normal(jax.random.fold_in(key, process.steps), shape, jnp.float32)
@@ -112,7 +121,7 @@ def _draw(
     velocity_fn = policy(config, networks["unet"], given, settings.guidance)
     x0, steps = sde.sample(
         velocity_fn,
-        jax.vmap(first)(keys),
+        jax.vmap(first)(firsts),
         sigmas,
         process.form,
         process.level,
