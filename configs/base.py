@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 def base() -> ConfigDict:
     """Every key. Values marked "ours" have no public source."""
     config = ConfigDict()
-    config.stage = "diffusion"  # or "autoencoder", "grpo", "dmd2"
+    config.stage = "diffusion"  # or "autoencoder", "grpo", "nft", "dmd2"
     config.seed = 0
     config.steps = 100_000
     config.batch_size = 256  # global
@@ -49,7 +49,7 @@ def base() -> ConfigDict:
     config.dropout = ConfigDict(
         {"t2i_text": 0.1, "edit_text": 0.05, "edit_both": 0.05, "edit_source": 0.05}
     )
-    config.rl = ConfigDict()  # of the stage "grpo" alone: configs/rl_grpo.py has its keys
+    config.rl = ConfigDict()  # of the stages "grpo" and "nft": configs/rl_grpo.py has its keys
     config.distill = ConfigDict()  # of the stage "dmd2" alone: configs/distill_dmd2.py has its keys
     # dreamlite_jax/objectives/: flow_matching.py, or the page of another stage's objective
     config.loss = ConfigDict(
@@ -100,11 +100,12 @@ def quick(config: ConfigDict) -> ConfigDict:
     """Two steps of the smallest model on the shapes world, with whatever else a config sets."""
     config.steps, config.batch_size = 2, 8
     config.accumulation = min(config.accumulation, 2)
-    if config.stage == "grpo":
+    if config.stage in ("grpo", "nft"):
         config.rl.group, config.rl.updates, config.rl.parts = 4, 2, 1
         config.accumulation, config.rl.process.steps, config.rl.process.window = 1, 3, 1
         config.rl.rewards = ({"reward": "shapes"}, {"reward": "saturation", "weight": 0.0})
         config.rl.limits.dropped = 1.0
+    if config.stage == "grpo":
         config.loss.clip, config.loss.guard = 1e-3, True
     if config.stage == "dmd2":
         config.distill.steps, config.distill.ratio, config.distill.warmup = 2, 1, 1

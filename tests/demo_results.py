@@ -29,7 +29,7 @@ SECONDS = {
     "phase2_edit": 370,
     "phase3_joint": 355,
     "sft": 120,
-    "rl_grpo": 310,
+    "rl_nft": 310,
     "distill_dmd2": 240,
     "evaluate-phase1_t2i": 40,
     "bundle-fp16": 60,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import distill_dmd2, phase3_joint, rl_grpo
+from configs import distill_dmd2, phase3_joint, rl_grpo, rl_nft
 from dreamlite_jax import generation, system
 from dreamlite_jax.models.unet import UNet
 from dreamlite_jax.train import checkpoint, origins, stages
@@ -78,6 +78,7 @@ def test_a_run_that_did_not_train_the_unet_knows_what_the_one_before_knew(tmp_pa
     [
         (phase3_joint, "pane is False, but there are edits, whose source stands in it"),
         (rl_grpo, "pane is False, but the stage grpo makes a model that has it"),
+        (rl_nft, "pane is False, but the stage nft makes a model that has it"),
         (distill_dmd2, "pane is False, but the stage dmd2 makes a model that has it"),
     ],
 )

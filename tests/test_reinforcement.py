@@ -15,12 +15,12 @@ import pytest
 import training
 from ml_collections import ConfigDict
 
-from configs.shapes import rl_grpo
+from configs.shapes import rl_grpo, rl_nft
 from dreamlite_jax import system, tiny
 from dreamlite_jax.data import transforms
 from dreamlite_jax.diffusion import flow
 from dreamlite_jax.models import unet_config
-from dreamlite_jax.objectives import grpo
+from dreamlite_jax.objectives import grpo, nft
 from dreamlite_jax.pretrained import UNET
 from dreamlite_jax.rewards import opening
 from dreamlite_jax.rewards.base import RewardError
@@ -37,6 +37,7 @@ KEY, P, G = jax.random.key(3), 4, 6
 MESH = sharding.make_mesh(1, 1, jax.devices()[:1])
 PROCESS = grpo.Process(steps=5, form="cps", level=0.8, window=2, within=1.0)
 SETTINGS = Rollouts(group=G, process=PROCESS)
+STEPS, FORWARD = grpo.Settings(clip=0.01), nft.Settings(levels=3)
 CONFIG = types.SimpleNamespace(shift=flow.ResolutionShift())
 PARAMS = {"unet": {"scale": jnp.float32(0.4), "shift": jnp.float32(0.1)}}
 FROZEN = {REFERENCE: jax.tree.map(lambda x: x, PARAMS["unet"]), "vae": {}, "text_encoder": {}}
@@ -66,12 +67,12 @@ def prompts():
 
 
 @functools.cache  # what is compiled for one test serves the next
-def rollout_of(settings):
-    return rollouts.make_rollout(CONFIG, settings, 1, MESH)
+def rollout_of(settings, loss):
+    return rollouts.make_rollout(CONFIG, settings, 1, MESH, loss)
 
 
-def rolled_out(settings=SETTINGS, params=PARAMS, number=0, key=KEY):
-    return rollout_of(settings)(params, FROZEN, prompts(), key, number)
+def rolled_out(settings=SETTINGS, params=PARAMS, number=0, key=KEY, loss=STEPS):
+    return rollout_of(settings, loss)(params, FROZEN, prompts(), key, number)
 
 
 # --- Rollouts -------------------------------------------------------------------------------------
@@ -94,11 +95,30 @@ def test_a_rollout_s_rows_are_the_groups_of_its_prompts(toy):
     assert np.abs(rows["mean_reference"] - rows["mean"]).min(axis=(1, 2, 3, 4)).max() > 0.01
 
 
-def test_parts_change_nothing_and_the_key_does(toy):
-    whole, parts = rolled_out(), rolled_out(SETTINGS._replace(parts=3))
+def test_pictures_noised_at_every_level(toy):
+    """Drawn by the sampler, then noised little, more and much; both policies' velocities there."""
+    params = {"unet": {**PARAMS["unet"], "shift": jnp.float32(0.3)}}
+    rows, pictures, _ = rolled_out(params=params, loss=FORWARD)
+    assert rows["noise"].shape == (P * G, 3, 4, 4, 4)
+    for level in range(3):
+        sigma = np.asarray(rows["sigma"][:, level])
+        assert (level / 3 <= sigma).all() and (sigma < (level + 1) / 3).all()
+        assert np.ptp(sigma) > 0.2
+        np.testing.assert_array_equal(rows["x0"][:, level], rows["x0"][:, 0])
+    shown = rollouts.to_bytes(jnp.tanh(rows["x0"][:, 0, ..., :3]))
+    np.testing.assert_array_equal(pictures, shown)
+    xt = flow.path(rows["x0"][:, 1], rows["noise"][:, 1], rows["sigma"][:, 1])
+    for name, unet in (("vt", params["unet"]), ("vt_reference", PARAMS["unet"])):
+        expected = rollouts.policy(CONFIG, unet, rows["given"], 1)(xt, rows["sigma"][:, 1])
+        np.testing.assert_allclose(rows[name][:, 1], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [STEPS, FORWARD])
+def test_parts_change_nothing_and_the_key_does(toy, loss):
+    whole, parts = rolled_out(loss=loss), rolled_out(SETTINGS._replace(parts=3), loss=loss)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-    again = rolled_out(key=jax.random.key(4))
+    again = rolled_out(key=jax.random.key(4), loss=loss)
     assert (np.asarray(again[1]) != np.asarray(whole[1])).mean() > 0.5
 
 
@@ -152,7 +172,7 @@ def scores_of(seed=0):
     return jnp.asarray(np.random.default_rng(seed).uniform(size=(P * G, 2)), jnp.float32)
 
 
-def learnt(rows, scores, settings=grpo.Settings(clip=0.01)):  # noqa: B008
+def learnt(rows, scores, settings=STEPS):
     both = ("t2i", "edit")
     return rollouts.learnt_from(TABLE, settings, both, rows, scores, TASK, jnp.full(P, 0.3))
 
@@ -182,12 +202,12 @@ def optimisation(accumulation=1, **settings):
 
 
 @functools.cache
-def loss_of(kl=0.0):
-    return rollouts.policy_loss(CONFIG, SETTINGS, grpo.Settings(clip=0.01, kl=kl))
+def loss_of(kl=0.0, kind=STEPS):
+    return rollouts.policy_loss(CONFIG, SETTINGS, kind._replace(kl=kl))
 
 
-def step_of(how, updates=1, kl=0.0):
-    return jax.jit(rollouts.make_step(loss_of(kl), how, updates))
+def step_of(how, updates=1, kl=0.0, kind=STEPS):
+    return jax.jit(rollouts.make_step(loss_of(kl, kind), how, updates))
 
 
 def test_the_first_update_has_ratio_1_and_micro_batches_change_nothing(toy):
@@ -203,10 +223,11 @@ def test_the_first_update_has_ratio_1_and_micro_batches_change_nothing(toy):
         assert a == pytest.approx(float(b), rel=1e-4)
 
 
-def test_dropped_groups_weigh_nothing(toy):
-    rows = rolled_out()[0]
+@pytest.mark.parametrize("kind", [STEPS, FORWARD])
+def test_dropped_groups_weigh_nothing(toy, kind):
+    rows = rolled_out(loss=kind)[0]
     scores = scores_of().at[:G].set(0.25)
-    grads = jax.jit(functools.partial(gradients, loss_of()))
+    grads = jax.jit(functools.partial(gradients, loss_of(kind=kind)))
     found = grads(PARAMS, FROZEN, learnt(rows, scores)["rows"], KEY)[0]
     # The same from the kept rows alone.
     batch = jax.tree.map(lambda x: x[G:], learnt(rows, scores)["rows"])
@@ -216,10 +237,11 @@ def test_dropped_groups_weigh_nothing(toy):
         assert a == pytest.approx(float(b), rel=1e-4)
 
 
-def test_a_constant_reward_changes_nothing(toy):
+@pytest.mark.parametrize("kind", [STEPS, FORWARD])
+def test_a_constant_reward_changes_nothing(toy, kind):
     """Neither parameters nor moments nor average, whatever momentum and decay there are."""
     how = optimisation()
-    step, rows = step_of(how, kl=0.5), rolled_out()[0]
+    step, rows = step_of(how, kl=0.5, kind=kind), rolled_out(loss=kind)[0]
     state = new_state(PARAMS, how.tx)
     state, _ = step(state, FROZEN, learnt(rows, scores_of()), KEY)
     for value in (0.0, 0.1, 7.0):
@@ -323,6 +345,14 @@ def test_each_problem_is_named(changes, message, quick, tmp_path):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_pictures_that_would_all_be_the_same_are_refused(quick, tmp_path):
+    config = quick(stage="nft", rl__shared_noise=True, loss=rl_nft.get_config().loss)
+    with pytest.raises(
+        ConfigError, match=r"rl\.shared_noise is True, but the stage nft draws witho"
+    ):
+        train_config.opened(config, tmp_path)
+
+
 def test_a_reward_that_fails_its_test_ends_it_before_the_start(quick, monkeypatch, tmp_path):
     turned = opening.BUILT_IN["shapes"]._replace(score=lambda images, *_: [0.5] * len(images))
     monkeypatch.setitem(opening.BUILT_IN, "shapes", turned)
@@ -409,15 +439,18 @@ def test_a_batch_that_cannot_be_made_saves_what_there_is(asked, tmp_path, monkey
 
 # --- The command ----------------------------------------------------------------------------------
 
-QUICK = f"--config={commands.ROOT / 'configs/shapes/rl_grpo.py'}:quick"
+
+def quick_of(config):
+    return f"--config={commands.ROOT / 'configs/shapes'}/{config}.py:quick"
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("config", ["rl_grpo", "rl_nft"])
 def test_a_run_whose_rewards_go_away_ends_as_one_that_was_not_disturbed(
-    cache, tmp_path, monkeypatch, capsys
+    config, cache, tmp_path, monkeypatch, capsys
 ):
     """Bit for bit, in the middle of it: rollouts follow from the state and the step."""
-    given = QUICK, *training.shared(cache), "--config.sample.every=0"
+    given = quick_of(config), *training.shared(cache), "--config.sample.every=0"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert commands.run("train", *given, f"--workdir={whole}") == 0
     reward, calls = opening.BUILT_IN["shapes"], [0]
@@ -436,7 +469,8 @@ def test_a_run_whose_rewards_go_away_ends_as_one_that_was_not_disturbed(
     assert commands.run("train", *given, f"--workdir={parts}") == 0
     assert training.result(parts) == training.result(whole)
     first = training.result(whole)[2][0]
-    assert first["ratio_deviation"] < 1e-5 and first["kl"] < 1e-6
+    assert first.get("ratio_deviation", 0) < 1e-5 and first["kl"] < 1e-6
+    assert ("ratio_deviation" in first) == (config == "rl_grpo")
 
     out = tmp_path / "model"
     assert commands.run("convert.export", f"--workdir={whole}", f"--out={out}") == 0
@@ -445,48 +479,48 @@ def test_a_run_whose_rewards_go_away_ends_as_one_that_was_not_disturbed(
 
 def on_devices(count):
     """Run by a process that has them: a rollout and two updates on one device and on all, with
-    rows and a kernel spread over these, are the same."""
+    rows and a kernel spread over these, are the same, for both objectives."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(system, "decode_latents", lambda config, params, x: jnp.tanh(x[..., :3]))
         patch.setattr(system, "velocity", mixing_velocity)
         patch.setattr(stages, "conditioned", told)
         kernel = np.random.default_rng(0).standard_normal((count, 4)).astype(np.float32)
-        params, found = {"unet": {"kernel": kernel}}, []
-        for devices in (jax.devices()[:1], jax.devices()):
-            mesh = sharding.make_mesh(1, -1, devices)
-            how = optimisation(lr=0.1)
-            stage = stages.make_stage(
-                loss_of(0.1), params, {**FROZEN, REFERENCE: params["unet"]}, how, mesh
-            )
-            state, frozen = stage.init_fn(KEY)
-            settings = SETTINGS._replace(group=8, parts=2)
-            batch = {
-                "context": np.linspace(0, 1, count, dtype=np.float32)[:, None],
-                "task": np.arange(count, dtype=np.int32) % 2,
-            }
-            batch = sharding.spread(batch, mesh, count)
-            rows, pictures, diversity = rollouts.make_rollout(CONFIG, settings, 1, mesh)(
-                state.params, frozen, batch, KEY, 0
-            )
-            assert len(pictures.addressable_shards) == len(devices)
-            own = reinforcement.own_pictures(pictures)
-            np.testing.assert_array_equal(own, np.asarray(pictures))
-            scores = sharding.spread(
-                np.stack([own.mean((1, 2, 3)), own[..., 0].std((1, 2))], 1).astype(np.float32),
-                mesh,
-                len(own),
-            )
-            learn = functools.partial(rollouts.learnt_from, TABLE, grpo.Settings(), ("t2i", "edit"))
-            batch = jax.jit(learn)(rows, scores, batch["task"], diversity)
-            step = loop.compiled(rollouts.make_step(loss_of(0.1), how, 2), state)
-            state, metrics = step(state, frozen, batch, KEY)
-            found.append(jax.device_get((state.params, pictures, metrics)))
-        (one, seen, metrics), (all_of_them, also_seen, others) = found
-        assert np.abs(one["unet"]["kernel"] - kernel).min() > 0.01
-        np.testing.assert_allclose(all_of_them["unet"]["kernel"], one["unet"]["kernel"], atol=1e-4)
-        assert np.abs(seen.astype(int) - also_seen).max() <= 1
-        for name in ("grad_norm", "diversity", "reward", "spread", "reward/a/t2i/q75"):
-            np.testing.assert_allclose(others[name], metrics[name], rtol=1e-3, err_msg=name)
+        for kind in (STEPS, FORWARD):
+            found = [learnt_on(devices, kind, kernel) for devices in (jax.devices()[:1], None)]
+            (one, seen, metrics), (all_of_them, also_seen, others) = found
+            assert (np.abs(one - kernel) > 0.01).mean() > 0.9
+            np.testing.assert_allclose(all_of_them, one, atol=1e-4)
+            assert np.abs(seen.astype(int) - also_seen).max() <= 1
+            for name in ("grad_norm", "diversity", "reward", "spread", "reward/a/t2i/q75"):
+                np.testing.assert_allclose(others[name], metrics[name], rtol=1e-3, err_msg=name)
+
+
+def learnt_on(devices, kind, kernel):
+    """The kernel behind a rollout and two updates, the rollout's pictures, and metrics."""
+    count, params = len(kernel), {"unet": {"kernel": kernel}}
+    mesh = sharding.make_mesh(1, -1, devices or jax.devices())
+    how, loss_fn = optimisation(lr=0.1), loss_of(0.1, kind)
+    frozen = {**FROZEN, REFERENCE: params["unet"]}
+    stage = stages.make_stage(loss_fn, params, frozen, how, mesh)
+    state, frozen = stage.init_fn(KEY)
+    settings = SETTINGS._replace(group=8, parts=2, shared_noise=kind is STEPS)
+    batch = {
+        "context": np.linspace(0, 1, count, dtype=np.float32)[:, None],
+        "task": np.arange(count, dtype=np.int32) % 2,
+    }
+    batch = sharding.spread(batch, mesh, count)
+    rollout = rollouts.make_rollout(CONFIG, settings, 1, mesh, kind)
+    rows, pictures, diversity = rollout(state.params, frozen, batch, KEY, 0)
+    assert len(pictures.addressable_shards) == mesh.size
+    own = reinforcement.own_pictures(pictures)
+    np.testing.assert_array_equal(own, np.asarray(pictures))
+    scores = np.stack([own.mean((1, 2, 3)), own[..., 0].std((1, 2))], 1).astype(np.float32)
+    scores = sharding.spread(scores, mesh, len(own))
+    learn = functools.partial(rollouts.learnt_from, TABLE, kind, ("t2i", "edit"))
+    batch = jax.jit(learn)(rows, scores, batch["task"], diversity)
+    step = loop.compiled(rollouts.make_step(loss_fn, how, 2), state)
+    state, metrics = step(state, frozen, batch, KEY)
+    return jax.device_get((state.params["unet"]["kernel"], pictures, metrics))
 
 
 def told(config, params, batch, context_length):

@@ -15,7 +15,7 @@ steps of any rows together.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,16 +41,24 @@ class Settings(NamedTuple):
 
     def problems(self) -> list[str]:
         """What is wrong with them, a line each."""
-        found = []
-        for name in ("clip", "advantage_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                found.append(f"{name} is {getattr(self, name)}, should be positive")
-        for name in ("kl", "least_spread"):
-            if not 0 <= getattr(self, name) < math.inf:
-                found.append(f"{name} is {getattr(self, name)}, should be 0 or more")
-        if self.scale not in SCALES:
-            found.append(f"scale is {self.scale!r}, known are {', '.join(SCALES)}")
+        found = advantage_problems(self)
+        if not 0 < self.clip < math.inf:
+            found.append(f"clip is {self.clip}, should be positive")
+        if not 0 <= self.kl < math.inf:
+            found.append(f"kl is {self.kl}, should be 0 or more")
         return found
+
+
+def advantage_problems(settings: Any) -> list[str]:
+    """What is wrong with those of the settings that `advantages` reads, a line each."""
+    found = []
+    if not 0 < settings.advantage_clip < math.inf:
+        found.append(f"advantage_clip is {settings.advantage_clip}, should be positive")
+    if not 0 <= settings.least_spread < math.inf:
+        found.append(f"least_spread is {settings.least_spread}, should be 0 or more")
+    if settings.scale not in SCALES:
+        found.append(f"scale is {settings.scale!r}, known are {', '.join(SCALES)}")
+    return found
 
 
 class Process(NamedTuple):

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from dreamlite_jax.data import transforms
 from dreamlite_jax.errors import UserError
 
-DIFFUSION, AUTOENCODER, GRPO, DMD2 = "diffusion", "autoencoder", "grpo", "dmd2"
+DIFFUSION, AUTOENCODER, DMD2 = "diffusion", "autoencoder", "dmd2"
+GRPO, NFT = REWARDED = "grpo", "nft"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -51,6 +52,7 @@ _NOT_NEGATIVE = (
 _TRAINED = {
     AUTOENCODER: ("vae",),
     GRPO: ("unet",),
+    NFT: ("unet",),
     DMD2: ("unet",),
 }  # what a stage can train; others: both
 
@@ -96,7 +98,7 @@ def wrong_rates(dropout: transforms.Dropout) -> list[str]:
 def without_pane(raw: ConfigDict, edits: bool) -> list[str]:
     """Where the pane beside the target is missed, a line each; `edits`: whether there are any."""
     found = []
-    if not raw.pane and raw.stage in (GRPO, DMD2):
+    if not raw.pane and raw.stage in (*REWARDED, DMD2):
         found.append(f"pane is False, but the stage {raw.stage} makes a model that has it")
     if not raw.pane and edits:
         found.append("pane is False, but there are edits, whose source stands in it")

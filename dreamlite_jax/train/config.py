@@ -17,7 +17,7 @@ from dreamlite_jax.data import pipeline, streams, transforms
 from dreamlite_jax.data.pipeline import Recipe
 from dreamlite_jax.models import blocks, unet_config
 from dreamlite_jax.models.primitives import PLAIN
-from dreamlite_jax.objectives import autoencoding, dmd2, flow_matching, grpo
+from dreamlite_jax.objectives import autoencoding, dmd2, flow_matching, grpo, nft
 from dreamlite_jax.rewards import opening
 from dreamlite_jax.train import (
     checks,
@@ -36,6 +36,8 @@ from dreamlite_jax.train.checks import (
     DMD2,
     DTYPES,
     GRPO,
+    NFT,
+    REWARDED,
     ConfigError,
     settings_of,
 )
@@ -47,6 +49,7 @@ STAGES = {
     DIFFUSION: flow_matching.Settings,
     AUTOENCODER: autoencoding.Settings,
     GRPO: grpo.Settings,
+    NFT: nft.Settings,
     DMD2: dmd2.Settings,
 }
 
@@ -65,7 +68,7 @@ class Run(NamedTuple):
     raw: ConfigDict
     model_dir: Path
     origins: dict[str, origins.Origin]  # of every network
-    rl: reinforcement.Settings | None = None  # of the stage "grpo", as what follows
+    rl: reinforcement.Settings | None = None  # of reinforcement learning, as what follows
     rewards: tuple[opening.Weighted, ...] = ()
     distill: distillation.Settings | None = None  # of the stage "dmd2"
     reference: origins.Origin | None = None  # of both: the U-Net that the run began with
@@ -131,17 +134,22 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
             if validation:
                 validation = validation._replace(random_crop=False)
                 attempt(pipeline.check, validation)
-    rl = attempt(reinforcement.settings_of, raw.rl, settings_of) if raw.stage == GRPO else None
+    rl = attempt(reinforcement.settings_of, raw.rl, settings_of) if raw.stage in REWARDED else None
     if rl and mesh:
         numbers = raw.batch_size, raw.accumulation, mesh.size
         problems += reinforcement.problems(rl, *numbers, reinforcement.tasks_of(recipe))
+    if rl and raw.stage == NFT and rl.rollouts.shared_noise:
+        problems.append(
+            "rl.shared_noise is True, but the stage nft draws without random steps: all pictures "
+            "of a group would be the same; set it to False"
+        )
     distill = (
         attempt(distillation.settings_of, raw.distill, settings_of) if raw.stage == DMD2 else None
     )
     problems += distillation.problems(distill, raw.steps) if distill else []
     found = attempt(_origins, raw, workdir, model_dir)
     problems += checks.without_pane(raw, any(r and r.edits for r in (recipe, validation)))
-    if raw.stage in (GRPO, DMD2) and found:
+    if raw.stage in (*REWARDED, DMD2) and found:
         problems += attempt(origins.pane_problems, found["unet"]) or []
     if config and found:
         used = {name: found[name] for name in networks_of(raw)}

@@ -1,7 +1,7 @@
 """The stage of reinforcement learning: what a config says, the rollouts' rewards, what is shown.
 
-Config keys are those of `Settings` under `rl`, and of `grpo.Settings` under `loss`. `batch_size`
-counts pictures; the data's batches hold prompts.
+Config keys are those of `Settings` under `rl`, and of `grpo.Settings` or `nft.Settings` under
+`loss`, by the stage. `batch_size` counts pictures; the data's batches hold prompts.
 """
 
 import functools
@@ -20,7 +20,7 @@ from dreamlite_jax import system
 from dreamlite_jax.data import pipeline, transforms
 from dreamlite_jax.data.pipeline import Recipe
 from dreamlite_jax.diffusion import flow
-from dreamlite_jax.objectives import grpo
+from dreamlite_jax.objectives import grpo, nft
 from dreamlite_jax.rewards import opening
 from dreamlite_jax.rewards.base import Requests, RewardError, self_test
 from dreamlite_jax.rewards.opening import Weighted
@@ -217,13 +217,13 @@ def ask(
 def make_batch_fn(
     config: system.Config,
     settings: Rollouts,
-    loss: grpo.Settings,
+    loss: grpo.Settings | nft.Settings,
     rewards: Sequence[Weighted],
     recipe: Recipe,
     mesh: Mesh,
 ) -> Callable[[Any, Any, Any, Array], Any]:
     """A batch of prompts -> a rollout with its advantages, see `rollouts.learnt_from`."""
-    rollout = rollouts.make_rollout(config, settings, recipe.context_length, mesh)
+    rollout = rollouts.make_rollout(config, settings, recipe.context_length, mesh, loss)
     table, tasks = table_of(rewards), tasks_of(recipe)
     learn = jax.jit(functools.partial(rollouts.learnt_from, table, loss, tasks))
     plan, own = pipeline.check(recipe), sharding.own_rows(mesh, recipe.batch_size)

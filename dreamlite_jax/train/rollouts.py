@@ -4,8 +4,9 @@ A rollout draws a group of pictures for every prompt of a batch by the current p
 compiled function; rewards are asked on the host (`reinforcement.py`); `learnt_from` turns them into
 advantages; the step then makes one or more updates from the rollout.
 
-Shapes: P prompts, G pictures a group, B = P G rows in the order of their prompts, W random steps,
-R rewards; h and w latent pixels, c latent channels, C context tokens, F text feature width.
+Shapes: P prompts, G pictures a group, B = P G rows in the order of their prompts, W random steps
+or noises of each picture, R rewards; h and w latent pixels, c latent channels, C context tokens, F
+text feature width.
 """
 
 import functools
@@ -20,12 +21,13 @@ from jax.sharding import Mesh, NamedSharding
 from dreamlite_jax import system
 from dreamlite_jax.data.mixture import TASKS
 from dreamlite_jax.diffusion import flow, sampling, sde
-from dreamlite_jax.objectives import grpo
+from dreamlite_jax.objectives import grpo, nft
 from dreamlite_jax.train import sharding, stages
 from dreamlite_jax.train.optim import once
 from dreamlite_jax.train.state import Params, TrainState
 from dreamlite_jax.train.update import LossFn, Mean, StepFn, joined_rows, make_update, split_rows
 
+_BY_STEPS = grpo.Settings()
 REFERENCE = "reference"  # the U-Net that the policy started from, beside the frozen networks
 
 
@@ -60,7 +62,11 @@ def policy(config: system.Config, unet: Params, given: Any, guidance: float) -> 
 
 
 def make_rollout(
-    config: system.Config, settings: Rollouts, context_length: int, mesh: Mesh
+    config: system.Config,
+    settings: Rollouts,
+    context_length: int,
+    mesh: Mesh,
+    loss: grpo.Settings | nft.Settings = _BY_STEPS,
 ) -> Callable[..., tuple[dict[str, Any], Array, Array]]:
     """`(params, frozen, batch, key, number) -> (rows, pictures, diversity)`, compiled.
 
@@ -69,8 +75,9 @@ def make_rollout(
       batch: P prompts, of `data.pipeline`.
       number: of the rollout, from 0; a sliding window follows it.
 
-    `rows` has what an update needs, [B, ...]: `grpo.Old`'s fields [B, W, ...] and `given`,
-    `stages.conditions`; pictures uint8 [B, H, W, 3]; diversity float32 [P].
+    `rows` has what an update needs, [B, ...]: `given`, `stages.conditions`, and the fields of
+    `grpo.Old` or `nft.Old`, by the loss, [B, W, ...]; pictures uint8 [B, H, W, 3]; diversity
+    float32 [P].
     """
     process = settings.process
     spread = NamedSharding(mesh, sharding.ROWS)
@@ -86,8 +93,12 @@ def make_rollout(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(for_rows, jnp.arange(rows))
         firsts = repeated(keys[:: settings.group]) if settings.shared_noise else keys
         sigmas = flow.sigma_list(process.steps, flow.resolution_mu(*shape[:2], config.shift))
-        start = grpo.window_start(process, number, for_window)
-        draw = functools.partial(_draw, config, settings, networks, sigmas, start, shape)
+        draw = functools.partial(_draw, config, settings, networks, sigmas, shape)
+        if isinstance(loss, nft.Settings):
+            draw = functools.partial(draw, functools.partial(_by_noise, loss.levels))
+        else:
+            start = grpo.window_start(process, number, for_window)
+            draw = functools.partial(draw, functools.partial(_by_steps, process, start))
         if settings.parts == 1:
             made, pictures = draw((given, firsts, keys))
         else:
@@ -104,32 +115,42 @@ def _draw(
     settings: Rollouts,
     networks: Params,
     sigmas: Array,
-    start: Array,
     shape: tuple[int, ...],
+    draw: Callable[..., tuple[Array, dict[str, Array]]],
     rows: Any,
 ) -> tuple[dict[str, Array], Array]:
-    """Pictures of some rows, and their random steps.
+    """Pictures of some rows, and what an update needs of them.
 
     Args:
-      rows: conditions, and keys of the first noise and of the steps'.
+      draw: `_by_steps` or `_by_noise`.
+      rows: conditions, and keys of the first noise and of all other.
     """
-    (given, firsts, keys), process = rows, settings.process
+    given, firsts, keys = rows
 
     def first(key: Array) -> Array:  # the steps have the numbers before this one
-        return jax.random.normal(jax.random.fold_in(key, process.steps), shape, jnp.float32)
+        return jax.random.normal(
+            jax.random.fold_in(key, settings.process.steps), shape, jnp.float32
+        )
 
-    velocity_fn = policy(config, networks["unet"], given, settings.guidance)
-    x0, steps = sde.sample(
-        velocity_fn,
-        jax.vmap(first)(firsts),
-        sigmas,
-        process.form,
-        process.level,
-        start,
-        process.size,
-        keys,
+    policies = (
+        policy(config, networks[name], given, settings.guidance) for name in ("unet", REFERENCE)
     )
-    reference_fn = policy(config, networks[REFERENCE], given, settings.guidance)
+    x0, made = draw(*policies, jax.vmap(first)(firsts), sigmas, keys)
+    return made, to_bytes(system.decode_latents(config, networks["vae"], x0))
+
+
+def _by_steps(
+    process: grpo.Process,
+    start: Array,
+    velocity_fn: sampling.VelocityFn,
+    reference_fn: sampling.VelocityFn,
+    noise: Array,
+    sigmas: Array,
+    keys: Array,
+) -> tuple[Array, dict[str, Array]]:
+    """x0 [B, ...] by random steps, and these: `grpo.Old`'s fields [B, W, ...]."""
+    how = process.form, process.level
+    x0, steps = sde.sample(velocity_fn, noise, sigmas, *how, start, process.size, keys)
 
     def reference(at: Any) -> Array:
         xt, sigma, after = at
@@ -137,14 +158,41 @@ def _draw(
         return sde.gaussian(process.form, xt, vt, sigma, after, process.level)[0]
 
     by_step = steps.xt.swapaxes(0, 1), steps.sigma, steps.after
-    made = {
+    return x0, {
         **steps._asdict(),
         "mean_reference": lax.map(reference, by_step).swapaxes(0, 1),
         "sigma": jnp.broadcast_to(steps.sigma, steps.logp.shape),
         "after": jnp.broadcast_to(steps.after, steps.logp.shape),
     }
-    decoded = system.decode_latents(config, networks["vae"], x0)
-    return made, to_bytes(decoded)
+
+
+def _by_noise(
+    levels: int,
+    velocity_fn: sampling.VelocityFn,
+    reference_fn: sampling.VelocityFn,
+    noise: Array,
+    sigmas: Array,
+    keys: Array,
+) -> tuple[Array, dict[str, Array]]:
+    """x0 [B, ...] by the sampler, noised at each of the levels W: `nft.Old`'s fields
+    [B, W, ...]. Level k's sigma is uniform in [k, k + 1) / W, so that every picture is learnt
+    with little noise and with much."""
+    x0 = sampling.sample(velocity_fn, noise, sigmas)
+
+    def noised(level: Array) -> dict[str, Array]:
+        def drawn(key: Array) -> tuple[Array, Array]:
+            for_sigma, for_noise = jax.random.split(jax.random.fold_in(key, level))
+            share = jax.random.uniform(for_sigma, (), jnp.float32)
+            return share, jax.random.normal(for_noise, x0.shape[1:], jnp.float32)
+
+        share, fresh = jax.vmap(drawn)(keys)
+        sigma = (level + share) / levels
+        xt = flow.path(x0, fresh, sigma)
+        seen = {"vt": velocity_fn(xt, sigma), "vt_reference": reference_fn(xt, sigma)}
+        return {"x0": x0, "noise": fresh, "sigma": sigma, **seen}
+
+    found = lax.map(noised, jnp.arange(levels))
+    return x0, jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
 def to_bytes(values: Array) -> Array:
@@ -189,7 +237,7 @@ def reward_metrics(
 
 def learnt_from(
     table: Table,
-    settings: grpo.Settings,
+    settings: grpo.Settings | nft.Settings,
     tasks: Sequence[str],
     rows: Any,
     scores: Array,
@@ -221,31 +269,37 @@ def learnt_from(
 # --- Updates --------------------------------------------------------------------------------------
 
 
-def policy_loss(config: system.Config, settings: Rollouts, loss: grpo.Settings) -> LossFn:
-    """GRPO on rows of `learnt_from`: all random steps of a row at once."""
-    process = settings.process
+def policy_loss(
+    config: system.Config, settings: Rollouts, loss: grpo.Settings | nft.Settings
+) -> LossFn:
+    """The loss's objective on rows of `learnt_from`: all random steps, or all noises, of a row at
+    once."""
+    process, forward = settings.process, isinstance(loss, nft.Settings)
+    fields = (nft if forward else grpo).Old._fields
 
     def loss_fn(trained: Params, frozen: Params, rows: Any, keys: Array):
         del frozen, keys  # what the frozen networks gave lies in the rows; nothing is random
-        b, steps = rows["logp"].shape
+        b, steps = rows["sigma"].shape
 
         def flat(x: Array) -> Array:
             return x.reshape(b * steps, *x.shape[2:])
 
-        old = grpo.Old(*(flat(rows[name]) for name in grpo.Old._fields))
+        old = [flat(rows[name]) for name in fields]
         given, advantage = jax.tree.map(
             lambda x: jnp.repeat(x, steps, axis=0), (rows["given"], rows["advantage"])
         )
         velocity_fn = policy(config, trained["unet"], given, settings.guidance)
-        found = grpo.losses(velocity_fn, old, advantage, process.form, process.level, loss)
+        if forward:
+            found = nft.losses(velocity_fn, nft.Old(*old), advantage, loss)
+        else:
+            how = process.form, process.level, loss
+            found = grpo.losses(velocity_fn, grpo.Old(*old), advantage, *how)
         found = jax.tree.map(lambda x: x.reshape(b, steps).mean(1), found)
-        kept = rows["weight"] > 0
-        deviation = jnp.abs(found.ratio - 1)
-        metrics = {
-            "ratio_deviation": Mean.of(deviation, kept),
-            "clipped": Mean.of(found.clipped, kept),
-            "kl": Mean.of(found.kl),
-        }
+        metrics = {"kl": Mean.of(found.kl)}
+        if not forward:
+            kept = rows["weight"] > 0
+            metrics["ratio_deviation"] = Mean.of(jnp.abs(found.ratio - 1), kept)
+            metrics["clipped"] = Mean.of(found.clipped, kept)
         return (rows["weight"] * found.total).mean(), metrics
 
     return loss_fn
@@ -271,7 +325,8 @@ def make_step(loss_fn: LossFn, optimisation: stages.Optimisation, updates: int) 
         rows = split_rows(batch["rows"], updates)
         state, found = lax.scan(one, state, (rows, jnp.arange(updates)))
         means = {name: jnp.nanmean(values) for name, values in found.items()}
-        means["loss"], means["ratio_deviation"] = found["loss"].mean(), found["ratio_deviation"][0]
+        means["loss"] = found["loss"].mean()
+        means |= {name: found[name][0] for name in ("ratio_deviation",) if name in found}
         means |= {name: found[name][-1] for name in ("skipped", "streak")}
         return state, {**batch["metrics"], **means}
 

@@ -71,13 +71,13 @@ STAGES = (
         ({"name": "sft", **GUIDED}, {"name": "sft_unguided", **UNGUIDED}),
     ),
     Stage(
-        "rl_grpo",
+        "rl_nft",
         "Reinforcement learning",
         "Draws a group of pictures for each prompt; those that the judge prefers become likelier.",
-        330,
+        700,
         (
             {"name": "rl", "diversity": 16, **GUIDED},
-            {"name": "rl_unguided", **UNGUIDED},  # as in training, though there in 10 random steps
+            {"name": "rl_unguided", **UNGUIDED},  # as in training, though there in 6 steps
             {"name": "teacher_4step", "diversity": 16, **FEW},
         ),
     ),
@@ -183,7 +183,7 @@ def train(plan: Plan, stage: Stage, before: Stage | None) -> Step:
     start = plan.run(before) if before else None
     flags = training(plan, stage.config, plan.run(stage), start)
     if plan.quick:
-        flags.append(f"--config.steps={2 if stage.config == 'rl_grpo' else QUICK_STEPS}")
+        flags.append(f"--config.steps={2 if stage.config == 'rl_nft' else QUICK_STEPS}")
     seconds = plan.time(stage.seconds)
     return Step(stage.config, stage.title, lambda: ("launch.train", *flags), seconds)
 

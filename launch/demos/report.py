@@ -270,7 +270,7 @@ def chart_of(name: str, lines: list[dict[str, Any]]) -> str:
 
     if name == "autoencoder":
         given, what, log = [curve("val/psnr", smooth=list)], "reconstruction, dB", False
-    elif name == "rl_grpo":
+    elif name == "rl_nft":
         key = "reward/shapes/{}/mean"
         given = [curve(key.format(task), task) for task in TASKS]
         what, log = (
