@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     guidance: float
     lengths: tuple[int, ...] = (tables.LENGTH,)
     prompt_length: int = tables.PROMPT_LENGTH
-    prompts: tuple[str, str] = ("a red circle", "a blue circle")  # of the golden cases
+    prompts: tuple[str, str] = ("a red circle", "make the circle yellow")  # of the golden cases
     checkpoint_step: int | None = None
 
 
