@@ -79,7 +79,7 @@ def report(run: train_config.Run) -> None:
     )
     if run.rl:
         numbers = raw.batch_size, raw.accumulation, mesh.size
-        print(reinforcement.arithmetic(run.rl.rollouts, *numbers))
+        print(reinforcement.arithmetic(run.rl.rollouts, run.loss, *numbers))
     for name, source, weight in run.recipe.streams:
         print(f"{name}: {len(source)} samples of {source.task}, weight {weight:g}")
 

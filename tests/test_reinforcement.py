@@ -371,9 +371,13 @@ def test_what_a_run_is_made_of(quick, tmp_path):
     assert run.schedule.limits[0] == Limit("kl", most=0.5)
     assert run.schedule.batch_size == 8  # pictures
     assert run.reference.kind == "scratch"
-    said = reinforcement.arithmetic(run.rl.rollouts, 8, 1, 1)
+    said = reinforcement.arithmetic(run.rl.rollouts, run.loss, 8, 1, 1)
     assert "8 pictures = 2 prompts x 4 a group = 1 devices x 8 at a time x 1 parts" in said
+    assert "parts, 3 steps each, 1 of them random" in said
     assert "2 updates of 4 pictures = 1 devices x 4 x accumulation 1" in said
+    assert "a device weighs 4 steps at a time" in said
+    said = reinforcement.arithmetic(run.rl.rollouts, nft.Settings(levels=3), 8, 1, 1)
+    assert "parts, 3 steps each\n" in said and "weighs 12 noised pictures at a time" in said
     meta = train_config.meta_of(run)
     train_config.check_resumed(run, meta)
     with pytest.raises(ConfigError, match="the run began with the run x at step 3, now init_from"):

@@ -12,7 +12,8 @@ and with r in [0, 1], a half plus a share of the advantage, the loss is
     r / b |x0+ - x0|^2 / w+  +  (1 - r) / b |x0- - x0|^2 / w-  +  kl |v - v_ref|^2,
 
 w+- = mean |x0+- - x0| without a gradient, which evens noises and pictures out. A step's own noise
-is no part of it, of which `grpo` has to average out nearly all.
+is no part of it, of which `grpo` has to average out nearly all. The old policy is the one that drew
+the rollout; the authors' may also be a slow average of those.
 
 Shapes: n noised pictures, of any rows together.
 """

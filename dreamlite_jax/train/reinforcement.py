@@ -33,7 +33,8 @@ from dreamlite_jax.train.state import Params
 class Limits(NamedTuple):
     """Where a run ends with a message and a checkpoint; means over the steps between two logs."""
 
-    kl: float = 1.0  # at most: how far the policy may go from where it started
+    # At most: how far the policy may go from where it started, as its objective measures it.
+    kl: float = 1.0
     dropped: float = 0.95  # at most: groups whose rewards are all the same
     diversity: float = 0.0  # at least: the distance of two pictures of a group
 
@@ -151,17 +152,27 @@ def open_rewards(settings: Settings, recipe: Recipe) -> tuple[Weighted, ...]:
     return found
 
 
-def arithmetic(settings: Rollouts, batch_size: int, accumulation: int, devices: int) -> str:
+def arithmetic(
+    settings: Rollouts,
+    loss: grpo.Settings | nft.Settings,
+    batch_size: int,
+    accumulation: int,
+    devices: int,
+) -> str:
     """Where a rollout's pictures come from and go to, in a few lines."""
-    g, updates, steps = settings.group, settings.updates, settings.process.size
+    g, updates, process = settings.group, settings.updates, settings.process
     prompts, rows = batch_size // g, batch_size // (devices * updates * accumulation)
     drawn = batch_size // devices // settings.parts
+    random, weighed = "", f"{rows * process.size} steps"
+    if isinstance(loss, nft.Settings):
+        weighed = f"{rows * loss.levels} noised pictures"
+    else:
+        random = f", {process.size} of them random"
     return (
         f"rollout: {batch_size} pictures = {prompts} prompts x {g} a group = {devices} devices x "
-        f"{drawn} at a time x {settings.parts} parts, {settings.process.steps} steps each, "
-        f"{steps} of them random\n"
+        f"{drawn} at a time x {settings.parts} parts, {process.steps} steps each{random}\n"
         f"learning: {updates} updates of {batch_size // updates} pictures = {devices} devices x "
-        f"{rows} x accumulation {accumulation}; a device weighs {rows * steps} steps at a time"
+        f"{rows} x accumulation {accumulation}; a device weighs {weighed} at a time"
     )
 
 

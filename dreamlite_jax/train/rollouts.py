@@ -326,7 +326,8 @@ def make_step(loss_fn: LossFn, optimisation: stages.Optimisation, updates: int) 
         state, found = lax.scan(one, state, (rows, jnp.arange(updates)))
         means = {name: jnp.nanmean(values) for name, values in found.items()}
         means["loss"] = found["loss"].mean()
-        means |= {name: found[name][0] for name in ("ratio_deviation",) if name in found}
+        if "ratio_deviation" in found:
+            means["ratio_deviation"] = found["ratio_deviation"][0]
         means |= {name: found[name][-1] for name in ("skipped", "streak")}
         return state, {**batch["metrics"], **means}
 
