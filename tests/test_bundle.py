@@ -18,7 +18,7 @@ from dreamlite_jax.models import unet_config
 pytestmark = pytest.mark.e2e
 
 SIZE = ("--height=32", "--width=64")
-LENGTHS = ("--text_lengths=300", "--prompt_length=60")
+LENGTHS = ("--text_lengths=320", "--prompt_length=60")
 
 
 def nano_model(folder, mobile):
