@@ -37,7 +37,7 @@ KEY, P, G = jax.random.key(3), 4, 6
 MESH = sharding.make_mesh(1, 1, jax.devices()[:1])
 PROCESS = grpo.Process(steps=5, form="cps", level=0.8, window=2, within=1.0)
 SETTINGS = Rollouts(group=G, process=PROCESS)
-STEPS, FORWARD = grpo.Settings(clip=0.01), nft.Settings(levels=3)
+STEPS, FORWARD = grpo.Settings(clip=0.01), nft.Settings(levels=3, shift=False)
 CONFIG = types.SimpleNamespace(shift=flow.ResolutionShift())
 PARAMS = {"unet": {"scale": jnp.float32(0.4), "shift": jnp.float32(0.1)}}
 FROZEN = {REFERENCE: jax.tree.map(lambda x: x, PARAMS["unet"]), "vae": {}, "text_encoder": {}}
@@ -68,7 +68,7 @@ def prompts():
 
 @functools.cache  # what is compiled for one test serves the next
 def rollout_of(settings, loss):
-    return rollouts.make_rollout(CONFIG, settings, 1, MESH, loss)
+    return rollouts.make_rollout(CONFIG, settings, loss, 1, MESH)
 
 
 def rolled_out(settings=SETTINGS, params=PARAMS, number=0, key=KEY, loss=STEPS):
@@ -107,6 +107,10 @@ def test_pictures_noised_at_every_level(toy):
         np.testing.assert_array_equal(rows["x0"][:, level], rows["x0"][:, 0])
     shown = rollouts.to_bytes(jnp.tanh(rows["x0"][:, 0, ..., :3]))
     np.testing.assert_array_equal(pictures, shown)
+    shifted = rolled_out(params=params, loss=FORWARD._replace(shift=True))[0]["sigma"]
+    mu = flow.resolution_mu(4, 4, CONFIG.shift)
+    np.testing.assert_allclose(shifted, flow.shift_sigma(rows["sigma"], mu), rtol=1e-6)
+    assert np.abs(shifted - rows["sigma"]).max() > 0.01
     xt = flow.path(rows["x0"][:, 1], rows["noise"][:, 1], rows["sigma"][:, 1])
     for name, unet in (("vt", params["unet"]), ("vt_reference", PARAMS["unet"])):
         expected = rollouts.policy(CONFIG, unet, rows["given"], 1)(xt, rows["sigma"][:, 1])
@@ -288,7 +292,7 @@ def test_the_ratio_of_a_network_in_bfloat16_on_the_first_update(monkeypatch):
     settings = Rollouts(group=4, process=PROCESS)
     params = {"unet": tiny.random_params(UNET, network)}
     frozen = {REFERENCE: params["unet"], "vae": {}, "text_encoder": {}}
-    rollout = rollouts.make_rollout(config, settings, 5, MESH)
+    rollout = rollouts.make_rollout(config, settings, grpo.Settings(), 5, MESH)
     rows, _, _ = rollout(params, frozen, {"task": jnp.zeros(2, jnp.int32)}, KEY, 0)
     rows |= {"advantage": jnp.linspace(-1, 1, 8), "weight": jnp.ones(8)}
     loss_fn = rollouts.policy_loss(config, settings, grpo.Settings())
@@ -345,12 +349,20 @@ def test_each_problem_is_named(changes, message, quick, tmp_path):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_pictures_that_would_all_be_the_same_are_refused(quick, tmp_path):
-    config = quick(stage="nft", rl__shared_noise=True, loss=rl_nft.get_config().loss)
-    with pytest.raises(
-        ConfigError, match=r"rl\.shared_noise is True, but the stage nft draws witho"
-    ):
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rl__shared_noise": True}, "rl.shared_noise is True, but the stage nft draws without"),
+        ({"loss__levels": 4}, "loss.levels is 4, should be at most rl.process.steps, 3"),
+        ({"loss__strength": 0.0}, "loss.strength is 0.0, should be positive"),
+        ({"loss__advantage_clip": 0.0}, "loss.advantage_clip is 0.0, should be positive"),
+    ],
+)
+def test_each_problem_of_learning_from_pictures_is_named(changes, message, quick, tmp_path):
+    config = quick(stage="nft", loss=rl_nft.get_config("quick").loss, **changes)
+    with pytest.raises(ConfigError) as error:
         train_config.opened(config, tmp_path)
+    assert message in str(error.value)
 
 
 def test_a_reward_that_fails_its_test_ends_it_before_the_start(quick, monkeypatch, tmp_path):
@@ -513,7 +525,7 @@ def learnt_on(devices, kind, kernel):
         "task": np.arange(count, dtype=np.int32) % 2,
     }
     batch = sharding.spread(batch, mesh, count)
-    rollout = rollouts.make_rollout(CONFIG, settings, 1, mesh, kind)
+    rollout = rollouts.make_rollout(CONFIG, settings, kind, 1, mesh)
     rows, pictures, diversity = rollout(state.params, frozen, batch, KEY, 0)
     assert len(pictures.addressable_shards) == mesh.size
     own = reinforcement.own_pictures(pictures)

@@ -12,8 +12,11 @@ and with r in [0, 1], a half plus a share of the advantage, the loss is
     r / b |x0+ - x0|^2 / w+  +  (1 - r) / b |x0- - x0|^2 / w-  +  kl |v - v_ref|^2,
 
 w+- = mean |x0+- - x0| without a gradient, which evens noises and pictures out. A step's own noise
-is no part of it, of which `grpo` has to average out nearly all. The old policy is the one that drew
-the rollout; the authors' may also be a slow average of those.
+is no part of it, of which `grpo` has to average out nearly all.
+
+The old policy is the one that drew the rollout, where the authors' is as a rule a slow average of
+such. With one update of each rollout v is therefore v_old, and the gradient is that of regression
+weighed by the advantage, whatever b.
 
 Shapes: n noised pictures, of any rows together.
 """
@@ -35,9 +38,10 @@ class Settings(NamedTuple):
     """Of the loss. The authors' b is 1 with one reward and 0.1 with several, their kl 1e-4 where
     the rest is 5 times what it is here."""
 
-    strength: float = 1.0  # b
+    strength: float = 1.0  # b; it matters from the second update of a rollout on
     kl: float = 0.0  # weight of the squared distance of velocities from the reference's
-    levels: int = 2  # noises at which every picture is learnt, one in each part of [0, 1]
+    levels: int = 2  # noises at which every picture is learnt, one in each part of [0, 1], ...
+    shift: bool = True  # ... which are then moved towards noise as the sampler's
     scale: str = "group"  # as of grpo.Settings, and the next two
     advantage_clip: float = 5.0
     least_spread: float = 0.0

@@ -137,12 +137,7 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
     rl = attempt(reinforcement.settings_of, raw.rl, settings_of) if raw.stage in REWARDED else None
     if rl and mesh:
         numbers = raw.batch_size, raw.accumulation, mesh.size
-        problems += reinforcement.problems(rl, *numbers, reinforcement.tasks_of(recipe))
-    if rl and raw.stage == NFT and rl.rollouts.shared_noise:
-        problems.append(
-            "rl.shared_noise is True, but the stage nft draws without random steps: all pictures "
-            "of a group would be the same; set it to False"
-        )
+        problems += reinforcement.problems(rl, loss, *numbers, reinforcement.tasks_of(recipe))
     distill = (
         attempt(distillation.settings_of, raw.distill, settings_of) if raw.stage == DMD2 else None
     )

@@ -68,9 +68,14 @@ def settings_of(section: Mapping[str, Any], read: Callable[[type, Mapping, str],
 
 
 def problems(
-    settings: Settings, batch_size: int, accumulation: int, devices: int, tasks: Sequence[str]
+    settings: Settings,
+    loss: grpo.Settings | nft.Settings | None,
+    batch_size: int,
+    accumulation: int,
+    devices: int,
+    tasks: Sequence[str],
 ) -> list[str]:
-    """What is wrong with them, a line each."""
+    """What is wrong with them, a line each; loss is None where that is wrong by itself."""
     made = settings.rollouts
     found = [f"rl.process.{problem}" for problem in made.process.problems()]
     for name, least in (("group", 2), ("updates", 1), ("parts", 1)):
@@ -81,6 +86,17 @@ def problems(
     for name, value in settings.limits._asdict().items():
         if math.isnan(value):
             found.append(f"rl.limits.{name} is {value}, should be a number")
+    if isinstance(loss, nft.Settings):
+        if made.shared_noise:
+            found.append(
+                "rl.shared_noise is True, but the stage nft draws without random steps: all "
+                "pictures of a group would be the same; set it to False"
+            )
+        if loss.levels > made.process.steps:
+            found.append(
+                f"loss.levels is {loss.levels}, should be at most rl.process.steps, "
+                f"{made.process.steps}"
+            )
     found += opening.check(settings.rewards, tasks)
     if found or accumulation < 1:
         return found
@@ -163,11 +179,10 @@ def arithmetic(
     g, updates, process = settings.group, settings.updates, settings.process
     prompts, rows = batch_size // g, batch_size // (devices * updates * accumulation)
     drawn = batch_size // devices // settings.parts
-    random, weighed = "", f"{rows * process.size} steps"
     if isinstance(loss, nft.Settings):
-        weighed = f"{rows * loss.levels} noised pictures"
+        random, weighed = "", f"{rows * loss.levels} noised pictures"
     else:
-        random = f", {process.size} of them random"
+        random, weighed = f", {process.size} of them random", f"{rows * process.size} steps"
     return (
         f"rollout: {batch_size} pictures = {prompts} prompts x {g} a group = {devices} devices x "
         f"{drawn} at a time x {settings.parts} parts, {process.steps} steps each{random}\n"
@@ -234,7 +249,7 @@ def make_batch_fn(
     mesh: Mesh,
 ) -> Callable[[Any, Any, Any, Array], Any]:
     """A batch of prompts -> a rollout with its advantages, see `rollouts.learnt_from`."""
-    rollout = rollouts.make_rollout(config, settings, recipe.context_length, mesh, loss)
+    rollout = rollouts.make_rollout(config, settings, loss, recipe.context_length, mesh)
     table, tasks = table_of(rewards), tasks_of(recipe)
     learn = jax.jit(functools.partial(rollouts.learnt_from, table, loss, tasks))
     plan, own = pipeline.check(recipe), sharding.own_rows(mesh, recipe.batch_size)

@@ -27,7 +27,6 @@ from dreamlite_jax.train.optim import once
 from dreamlite_jax.train.state import Params, TrainState
 from dreamlite_jax.train.update import LossFn, Mean, StepFn, joined_rows, make_update, split_rows
 
-_BY_STEPS = grpo.Settings()
 REFERENCE = "reference"  # the U-Net that the policy started from, beside the frozen networks
 
 
@@ -64,9 +63,9 @@ def policy(config: system.Config, unet: Params, given: Any, guidance: float) -> 
 def make_rollout(
     config: system.Config,
     settings: Rollouts,
+    loss: grpo.Settings | nft.Settings,
     context_length: int,
     mesh: Mesh,
-    loss: grpo.Settings | nft.Settings = _BY_STEPS,
 ) -> Callable[..., tuple[dict[str, Any], Array, Array]]:
     """`(params, frozen, batch, key, number) -> (rows, pictures, diversity)`, compiled.
 
@@ -92,13 +91,14 @@ def make_rollout(
         rows = given["time_ids"].shape[0]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(for_rows, jnp.arange(rows))
         firsts = repeated(keys[:: settings.group]) if settings.shared_noise else keys
-        sigmas = flow.sigma_list(process.steps, flow.resolution_mu(*shape[:2], config.shift))
-        draw = functools.partial(_draw, config, settings, networks, sigmas, shape)
+        mu = flow.resolution_mu(*shape[:2], config.shift)
         if isinstance(loss, nft.Settings):
-            draw = functools.partial(draw, functools.partial(_by_noise, loss.levels))
+            way = functools.partial(_by_noise, loss, mu)
         else:
             start = grpo.window_start(process, number, for_window)
-            draw = functools.partial(draw, functools.partial(_by_steps, process, start))
+            way = functools.partial(_by_steps, process, start)
+        sigmas = flow.sigma_list(process.steps, mu)
+        draw = functools.partial(_draw, config, settings, networks, sigmas, shape, way)
         if settings.parts == 1:
             made, pictures = draw((given, firsts, keys))
         else:
@@ -116,18 +116,18 @@ def _draw(
     networks: Params,
     sigmas: Array,
     shape: tuple[int, ...],
-    draw: Callable[..., tuple[Array, dict[str, Array]]],
+    way: Callable[..., tuple[Array, dict[str, Array]]],
     rows: Any,
 ) -> tuple[dict[str, Array], Array]:
     """Pictures of some rows, and what an update needs of them.
 
     Args:
-      draw: `_by_steps` or `_by_noise`.
+      way: `_by_steps` or `_by_noise`.
       rows: conditions, and keys of the first noise and of all other.
     """
     given, firsts, keys = rows
 
-    def first(key: Array) -> Array:  # the steps have the numbers before this one
+    def first(key: Array) -> Array:  # steps and levels have the numbers before this one
         return jax.random.normal(
             jax.random.fold_in(key, settings.process.steps), shape, jnp.float32
         )
@@ -135,7 +135,7 @@ def _draw(
     policies = (
         policy(config, networks[name], given, settings.guidance) for name in ("unet", REFERENCE)
     )
-    x0, made = draw(*policies, jax.vmap(first)(firsts), sigmas, keys)
+    x0, made = way(*policies, jax.vmap(first)(firsts), sigmas, keys)
     return made, to_bytes(system.decode_latents(config, networks["vae"], x0))
 
 
@@ -167,7 +167,8 @@ def _by_steps(
 
 
 def _by_noise(
-    levels: int,
+    loss: nft.Settings,
+    mu: float,
     velocity_fn: sampling.VelocityFn,
     reference_fn: sampling.VelocityFn,
     noise: Array,
@@ -176,7 +177,7 @@ def _by_noise(
 ) -> tuple[Array, dict[str, Array]]:
     """x0 [B, ...] by the sampler, noised at each of the levels W: `nft.Old`'s fields
     [B, W, ...]. Level k's sigma is uniform in [k, k + 1) / W, so that every picture is learnt
-    with little noise and with much."""
+    with little noise and with much; then it is shifted, if that is asked for."""
     x0 = sampling.sample(velocity_fn, noise, sigmas)
 
     def noised(level: Array) -> dict[str, Array]:
@@ -186,12 +187,13 @@ def _by_noise(
             return share, jax.random.normal(for_noise, x0.shape[1:], jnp.float32)
 
         share, fresh = jax.vmap(drawn)(keys)
-        sigma = (level + share) / levels
+        sigma = (level + share) / loss.levels
+        sigma = flow.shift_sigma(sigma, mu) if loss.shift else sigma
         xt = flow.path(x0, fresh, sigma)
         seen = {"vt": velocity_fn(xt, sigma), "vt_reference": reference_fn(xt, sigma)}
         return {"x0": x0, "noise": fresh, "sigma": sigma, **seen}
 
-    found = lax.map(noised, jnp.arange(levels))
+    found = lax.map(noised, jnp.arange(loss.levels))
     return x0, jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 

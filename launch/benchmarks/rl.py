@@ -79,7 +79,12 @@ def _made(model_dir: str) -> tuple[Any, ...]:
     }
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     context = length - model.config.drop.generate
-    return model, settings, batch, rollouts.make_rollout(model.config, settings, context, mesh)
+    return (
+        model,
+        settings,
+        batch,
+        rollouts.make_rollout(model.config, settings, grpo.Settings(), context, mesh),
+    )
 
 
 def rollout_step(model_dir: str, reference: bool = True) -> Callable[[], Any]:
