@@ -145,7 +145,7 @@ def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
         unet=network,
         vae=autoencoder.TAESDXL,
         text_encoder=None,
-        dtype=train_config.DTYPES[raw.dtype],
+        dtype=checks.DTYPES[raw.dtype],
         remat=raw.remat,
         pane=raw.pane,
         ops=sharding.pinned(mesh),

@@ -34,10 +34,6 @@ from dreamlite_jax.train.checks import (
     AUTOENCODER,
     DIFFUSION,
     DMD2,
-    DTYPES,
-    GRPO,
-    NFT,
-    REWARDED,
     ConfigError,
     settings_of,
 )
@@ -48,8 +44,8 @@ from dreamlite_jax.train.state import Params
 STAGES = {
     DIFFUSION: flow_matching.Settings,
     AUTOENCODER: autoencoding.Settings,
-    GRPO: grpo.Settings,
-    NFT: nft.Settings,
+    checks.GRPO: grpo.Settings,
+    checks.NFT: nft.Settings,
     DMD2: dmd2.Settings,
 }
 
@@ -134,7 +130,8 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
             if validation:
                 validation = validation._replace(random_crop=False)
                 attempt(pipeline.check, validation)
-    rl = attempt(reinforcement.settings_of, raw.rl, settings_of) if raw.stage in REWARDED else None
+    rewarded = raw.stage in checks.REWARDED
+    rl = attempt(reinforcement.settings_of, raw.rl, settings_of) if rewarded else None
     if rl and mesh:
         numbers = raw.batch_size, raw.accumulation, mesh.size
         problems += reinforcement.problems(rl, loss, *numbers, reinforcement.tasks_of(recipe))
@@ -144,7 +141,7 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
     problems += distillation.problems(distill, raw.steps) if distill else []
     found = attempt(_origins, raw, workdir, model_dir)
     problems += checks.without_pane(raw, any(r and r.edits for r in (recipe, validation)))
-    if raw.stage in (*REWARDED, DMD2) and found:
+    if (rewarded or raw.stage == DMD2) and found:
         problems += attempt(origins.pane_problems, found["unet"]) or []
     if config and found:
         used = {name: found[name] for name in networks_of(raw)}
@@ -243,7 +240,7 @@ def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices("tiny model")
-    config = system.read_config(model_dir, DTYPES.get(raw.dtype, jnp.float32))
+    config = system.read_config(model_dir, checks.DTYPES.get(raw.dtype, jnp.float32))
     if raw.unet and raw.unet not in unet_config.PRESETS:
         raise ConfigError(
             f"unet is {raw.unet!r}, known are {', '.join(unet_config.PRESETS)}; or leave it empty"
