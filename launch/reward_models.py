@@ -2,7 +2,8 @@
 
 Both pin versions of transformers that neither each other nor this project can share: each lives in
 an environment of its own, which needs nothing of this project's but NumPy, Pillow and absl, and is
-served from a checkout by `launch.serve_reward`.
+served from a checkout by `launch.serve_reward`. `tests/preference_models.py` runs both packages so
+with small random weights.
 """
 
 from typing import Any
@@ -15,7 +16,8 @@ from dreamlite_jax.rewards.shapes import examples
 
 def hpsv3(device: str = "cuda", config: str | None = None, checkpoint: str | None = None) -> Reward:
     """HPSv3 (Ma et al. 2025), human preference for generated pictures: about 10 to 13 for strong
-    models, unbounded. `pip install hpsv3` (1.0.0); without a checkpoint it downloads its own."""
+    models, unbounded. `pip install hpsv3==1.0.0 matplotlib tensorboard`, the last two of which it
+    needs without saying so; without a checkpoint it downloads its own."""
     from hpsv3 import HPSv3RewardInferencer
 
     model = HPSv3RewardInferencer(config_path=config, checkpoint_path=checkpoint, device=device)

@@ -236,6 +236,48 @@ def test_the_direct_way_takes_the_same_compute_and_schedule(tmp_path):
         assert f"--config.optim.warmup={config.optim.warmup}" in given[f"direct{k}"]
 
 
+def test_a_share_of_the_steps_up_to_a_stage(tmp_path):
+    """What a comparison of pretraining needs of a demo, at a quarter of its length."""
+    made = plan.of(tmp_path, 1, False, "cache", share=0.25, until="phase3_joint")
+    assert made.folder == tmp_path / "share_0.25-1"
+    steps = plan.steps(made)
+    assert [step.name for step in steps if not step.name.startswith("evaluate")] == [
+        "autoencoder",
+        *comparing.PHASES,
+    ]
+    assert steps[-1].name == "evaluate-phase3_joint"
+    from configs.shapes import phase2_edit
+
+    flags = {step.name: step.arguments() for step in steps}
+    assert not any(flag.startswith("--config.steps") for flag in flags["autoencoder"])
+    assert f"--config.steps={phase2_edit.get_config().steps // 4}" in flags["phase2_edit"]
+
+    for phase in comparing.PHASES:
+        write_json(comparing.cost_file(made, phase), {"flops": 1e9, "steps": 1000})
+    given = {step.name: step.arguments() for step in comparing.steps(made)}
+    assert all("--config.steps=250" in given[f"direct{k}"] for k in (1, 2, 3))
+
+
+def test_a_quick_demo_up_to_a_stage_is_judged_at_its_end(tmp_path):
+    steps = plan.steps(plan.of(tmp_path, 0, True, "cache", until="phase2_edit"))
+    trained = ["autoencoder", "phase1_t2i", "phase2_edit"]
+    assert [step.name for step in steps] == [*trained, "evaluate-all"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--quick", "--share=0.5"], "--quick has its own"),
+        (["--compare=direct_joint", "--until=phase2_edit"], "set --until to that or a later stage"),
+    ],
+)
+def test_flags_that_contradict_each_other(given, said, tmp_path, capsys):
+    assert commands.run("demo", f"--out={tmp_path / 'demo'}", *given) == 2
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == 1
+    assert not (tmp_path / "demo").exists()
+
+
 # --- Numbers and page -----------------------------------------------------------------------------
 
 

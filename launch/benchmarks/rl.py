@@ -1,9 +1,11 @@
 """Suite `rl`: rollouts beside `launch.sample` on the same pictures, updates, and the judge.
 
-A rollout of 4 prompts x 4 pictures in 10 steps without guidance, 2 of them random, on the tiny
-networks with random weights: it encodes, draws and decodes as sampling does, and besides asks the
-reference where it would have gone in the random steps. `bare` leaves the reference out. An update
-is forward and backward through the random steps of all 16. The judge is the shapes world's.
+A rollout of 4 prompts x 4 pictures in 10 steps without guidance on the tiny networks with random
+weights: it encodes, draws and decodes as sampling does. Of GRPO's, 2 steps are random, and the
+reference is asked besides where it would have gone in them; of DiffusionNFT's, the pictures are
+noised at 2 levels, where both policies are asked. `bare` leaves out what nothing but the update
+needs. An update is forward and backward through the random steps, or the noises, of all 16. The
+judge is the shapes world's.
 """
 
 import tempfile
@@ -17,7 +19,12 @@ from launch.benchmarks.compare import Contender, Timing
 
 PROMPTS, GROUP, STEPS, WINDOW, SIDE = 4, 4, 10, 2, 64
 PICTURES = PROMPTS * GROUP
-ROLLOUT, UPDATE, JUDGE = (f"{what}, tiny, {SIDE} px" for what in ("rollout", "update", "judge"))
+OBJECTIVES = ("grpo", "nft")
+JUDGE = f"judge, {SIDE} px"
+
+
+def case(what: str, objective: str) -> str:
+    return f"{what}, {objective}, tiny, {SIDE} px"
 
 
 def cases() -> Iterator[tuple[str, list[Contender]]]:
@@ -26,27 +33,33 @@ def cases() -> Iterator[tuple[str, list[Contender]]]:
 
     with tempfile.TemporaryDirectory() as folder:
         model = {"model_dir": str(tiny.tiny_model_dir(Path(folder) / "model", mobile=True))}
-        yield (
-            ROLLOUT,
-            [
-                Contender("rollout", rollout_step, model),
-                Contender("bare", rollout_step, {**model, "reference": False}),
-                Contender("sample", sample_step, model),
-            ],
-        )
-        yield UPDATE, [Contender("update", update_step, model)]
+        for objective in OBJECTIVES:
+            given = {**model, "objective": objective}
+            yield (
+                case("rollout", objective),
+                [
+                    Contender("rollout", rollout_step, given),
+                    Contender("bare", rollout_step, {**given, "whole": False}),
+                    Contender("sample", sample_step, model),
+                ],
+            )
+            yield case("update", objective), [Contender("update", update_step, given)]
         yield JUDGE, [Contender("judge", judge_step, {})]
 
 
 def summary(found: Mapping[str, list[Timing]]) -> str:
     """Rates, and what share of a step each part takes."""
-    parts = {name: timings[0].median_ms for name, timings in found.items() if not timings[0].error}
-    total, lines = sum(parts.values()), []
-    for name, ms in parts.items():
-        rate = f"{PICTURES / ms * 1e3:.1f} images/s"
-        if name == UPDATE:
-            rate = f"{1e3 / ms:.2f} updates/s of {PICTURES} pictures"
-        lines.append(f"{name}: {rate}, {100 * ms / total:.0f} % of a step")
+    known = {name: timings[0].median_ms for name, timings in found.items() if not timings[0].error}
+    lines = []
+    for objective in OBJECTIVES:
+        rollout, update = case("rollout", objective), case("update", objective)
+        parts = {name: known[name] for name in (rollout, update, JUDGE) if name in known}
+        for name, ms in parts.items():
+            rate = f"{PICTURES / ms * 1e3:.1f} images/s"
+            if name == update:
+                rate = f"{1e3 / ms:.2f} updates/s of {PICTURES} pictures"
+            share = 100 * ms / sum(parts.values())
+            lines.append(f"{name}: {rate}, {share:.0f} % of a step of {objective}")
     return "\n".join(lines)
 
 
@@ -56,13 +69,13 @@ def captions() -> list[str]:
     return [shapes.sample_t2i(shapes.DEMO, "train", 0, k).caption for k in range(PROMPTS)]
 
 
-def _made(model_dir: str) -> tuple[Any, ...]:
-    """System, settings, prompts as a batch, and the compiled rollout."""
+def _made(model_dir: str, objective: str) -> tuple[Any, ...]:
+    """System, settings, loss, prompts as a batch, and the compiled rollout."""
     import jax
 
     from dreamlite_jax import system
     from dreamlite_jax.data import pipeline, prompts
-    from dreamlite_jax.objectives import grpo
+    from dreamlite_jax.objectives import grpo, nft
     from dreamlite_jax.train import rollouts, sharding
 
     model = system.load(model_dir)
@@ -79,26 +92,23 @@ def _made(model_dir: str) -> tuple[Any, ...]:
     }
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     context = length - model.config.drop.generate
-    return (
-        model,
-        settings,
-        batch,
-        rollouts.make_rollout(model.config, settings, grpo.Settings(), context, mesh),
-    )
+    loss = {"grpo": grpo, "nft": nft}[objective].Settings()
+    rollout = rollouts.make_rollout(model.config, settings, loss, context, mesh)
+    return model, settings, loss, batch, rollout
 
 
-def rollout_step(model_dir: str, reference: bool = True) -> Callable[[], Any]:
+def rollout_step(model_dir: str, objective: str, whole: bool = True) -> Callable[[], Any]:
     import jax
 
     from dreamlite_jax.train import rollouts
 
-    model, _, batch, rollout = _made(model_dir)
+    model, _, _, batch, rollout = _made(model_dir, objective)
     params = {"unet": model.params["unet"]}
     frozen = {**model.params, rollouts.REFERENCE: model.params["unet"]}
-    if not reference:
+    if not whole:
         # What nobody looks at is not computed.
-        whole = rollout
-        rollout = jax.jit(lambda *given: whole(*given)[1])
+        made = rollout
+        rollout = jax.jit(lambda *given: made(*given)[1])
     return lambda: jax.block_until_ready(rollout(params, frozen, batch, jax.random.key(0), 0))
 
 
@@ -116,22 +126,21 @@ def sample_step(model_dir: str) -> Callable[[], Any]:
     return lambda: list(generation.generate(model, requests, noise, settings))
 
 
-def update_step(model_dir: str) -> Callable[[], Any]:
+def update_step(model_dir: str, objective: str) -> Callable[[], Any]:
     import jax
     import jax.numpy as jnp
 
-    from dreamlite_jax.objectives import grpo
     from dreamlite_jax.train import optim, rollouts, stages
     from dreamlite_jax.train.state import new_state
 
-    model, settings, batch, rollout = _made(model_dir)
+    model, settings, loss, batch, rollout = _made(model_dir, objective)
     params = {"unet": model.params["unet"]}
     frozen = {**model.params, rollouts.REFERENCE: model.params["unet"]}
     rows, _, _ = rollout(params, frozen, batch, jax.random.key(0), 0)
     learnt = {"advantage": jnp.linspace(-1, 1, PICTURES), "weight": jnp.ones(PICTURES)}
     given = {"rows": {**rows, **learnt}, "metrics": {}}
     how = stages.Optimisation(optim.make_tx(optim.Settings(), 1000), 0.99, clip=1.0)
-    loss_fn = rollouts.policy_loss(model.config, settings, grpo.Settings())
+    loss_fn = rollouts.policy_loss(model.config, settings, loss)
     step = jax.jit(rollouts.make_step(loss_fn, how, 1), donate_argnums=0)
     state = jax.jit(lambda: new_state(params, how.tx))()
 

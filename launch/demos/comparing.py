@@ -5,7 +5,6 @@ pretraining it makes a run on both tasks with that stage's learning rate, warmup
 of as many steps as the stage's floating-point operations pay for.
 """
 
-import importlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from launch.files import read_json
 NAME = "compare.json"
 PHASES = ("phase1_t2i", "phase2_edit", "phase3_joint")
 JOINT = PHASES[-1]
+TOO_EARLY = ("autoencoder", *PHASES[:-1])  # where a demo that is to be compared must not end
 # Of a stage's config, what makes its schedule.
 _OF_OPTIM = ("lr", "schedule", "warmup", "decay_from")
 _OF_LOSS = ("mean", "edit_offset")
@@ -67,17 +67,17 @@ def leg(made: Plan, number: int, phase: str, workdir: Path, start: Path) -> Step
     def flags() -> Sequence[str]:
         own, joint = (read_json(cost_file(made, name)) for name in (phase, JOINT))
         count = plan.QUICK_STEPS if made.quick else own["steps"]
-        paid = max(1, round(count * own["flops"] / joint["flops"]))
+        paid = plan.shared(made, count * own["flops"] / joint["flops"])
         common = plan.training(made, JOINT, workdir, start)
         return ("launch.train", *common, f"--config.steps={paid}", *schedule(made, phase))
 
-    return Step(f"direct{number}", f"Both tasks at once, part {number} of 3", flags, made.time(400))
+    title, seconds = f"Both tasks at once, part {number} of 3", made.time(400 * made.share)
+    return Step(f"direct{number}", title, flags, seconds)
 
 
 def schedule(made: Plan, phase: str) -> list[str]:
     """The overrides that give a run the schedule of a stage."""
-    module = importlib.import_module(f"configs.shapes.{phase}")
-    config = module.get_config("quick" if made.quick else None)
+    config = plan.config_of(made, phase)
     return [f"--config.{key}={getattr_path(config, key)}" for key in SCHEDULE]
 
 

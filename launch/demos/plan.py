@@ -1,11 +1,12 @@
 """The steps of a demo: which stages there are, what each starts from, and what is asked of it."""
 
+import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -107,6 +108,8 @@ class Plan(NamedTuple):
     seed: int
     quick: bool
     cache: str
+    share: float = 1.0  # of the steps of every stage but the autoencoder's
+    until: str = ""  # the config of its last stage; "": all of them, export and bundles
 
     @property
     def count(self) -> int:
@@ -133,10 +136,10 @@ class Plan(NamedTuple):
         return 20.0 if self.quick else seconds
 
 
-def of(out: Path, seed: int, quick: bool, cache: str) -> Plan:
+def of(out: Path, seed: int, quick: bool, cache: str, share: float = 1.0, until: str = "") -> Plan:
     """A demo in its own folder below `out`."""
-    name = ("quick" if quick else "full") + (f"-{seed}" if seed else "")
-    return Plan(out / name, seed, quick, cache)
+    name = "quick" if quick else "full" if share == 1 else f"share_{share:g}"
+    return Plan(out / (name + (f"-{seed}" if seed else "")), seed, quick, cache, share, until)
 
 
 def run(plan: Plan, wanted: Sequence[Step]) -> None:
@@ -163,6 +166,9 @@ def steps(plan: Plan) -> list[Step]:
         elif variants:
             found.append(evaluate(plan, stage.config, f"Judging: {stage.title}", variants, 60))
         before = stage
+        if stage.config == plan.until:
+            last = [evaluate(plan, "all", "Judging: all", pending, 60)] if pending else []
+            return found + last
     exported = plan.folder / "model"
     flags = (f"--workdir={plan.run(before)}", f"--out={exported}", "--overwrite")
     found.append(Step("export", "Export", lambda: ("convert.export", *flags), plan.time(20)))
@@ -184,8 +190,22 @@ def train(plan: Plan, stage: Stage, before: Stage | None) -> Step:
     flags = training(plan, stage.config, plan.run(stage), start)
     if plan.quick:
         flags.append(f"--config.steps={2 if stage.config == 'rl_nft' else QUICK_STEPS}")
-    seconds = plan.time(stage.seconds)
+    elif plan.share != 1 and before:
+        flags.append(f"--config.steps={shared(plan, config_of(plan, stage.config).steps)}")
+    seconds = plan.time(stage.seconds * (plan.share if before else 1))
     return Step(stage.config, stage.title, lambda: ("launch.train", *flags), seconds)
+
+
+def shared(plan: Plan, steps: float) -> int:
+    """The plan's share of so many steps."""
+    return max(1, round(plan.share * steps))
+
+
+def config_of(plan: Plan, name: str) -> Any:
+    """A config of configs/shapes/, as the demo takes it."""
+    return importlib.import_module(f"configs.shapes.{name}").get_config(
+        "quick" if plan.quick else None
+    )
 
 
 def training(plan: Plan, config: str, workdir: Path, start: Path | None) -> list[str]:
