@@ -85,7 +85,8 @@ STAGES = (
     Stage(
         "distill_dmd2",
         "Distillation",
-        "A student learns to do in four steps, unguided, what its teacher does in 28 guided ones.",
+        "A student learns to do in four steps, unguided, what its teacher does in 28 guided ones. "
+        "It needs no pictures but the teacher's, so its prompts may name the four pairs, too.",
         220,
     ),
 )
