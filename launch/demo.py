@@ -1,15 +1,16 @@
 """The whole way on the shapes world: every stage, small, from nothing to a bundle for a phone.
 
     python -m launch.demo [--quick] [--seed=1] [--out=runs/demo]        (or: make demo [QUICK=1])
-    python -m launch.demo --seeds=3 --compare=direct_joint [--share=0.25] [--until=phase3_joint]
+    python -m launch.demo --seeds=3 --compare=direct_joint [--pretraining=0.25] --out=runs/order
 
 Autoencoder, text to image, editing, both, fine-tuning, reinforcement learning and distillation,
-each by `launch.train` with the configs of configs/shapes/; `launch.evaluate` after them, on prompts
-that training never saw; then the export, the bundles, and pictures by the bundles. OUT gets
-metrics.json, report.html and picture.png. Ctrl-C saves and leaves with exit code 75; the same
-command goes on, and what is finished is not done again. --quick takes few steps of the smallest
-model: it shows that all works, and nothing of how well. --share and --until leave a comparison of
-pretraining what it needs: the first steps of nothing but pretraining, in schedules as short.
+each by `launch.train` with the configs of configs/shapes/; `launch.evaluate` after them, mostly on
+pairs of shape and colour that no picture was shown of; then the export, the bundles, and pictures
+by the bundles. OUT gets metrics.json, report.html and picture.png. Ctrl-C saves and leaves with
+exit code 75; the same command goes on, and what is finished is not done again. --quick takes few
+steps of the smallest model: it shows that all works, and nothing of how well. --pretraining leaves
+a comparison what it needs: a share of pretraining's steps, in schedules as short, and no stage
+behind it.
 """
 
 import os
@@ -29,10 +30,7 @@ COMPARE = flags.DEFINE_enum(
     "compare", None, ["direct_joint"], "what the order of the stages is compared with"
 )
 SHARE = flags.DEFINE_float(
-    "share", 1.0, "of the steps of every stage but the autoencoder's", 0.001, 1.0
-)
-UNTIL = flags.DEFINE_enum(
-    "until", None, [stage.config for stage in plan.STAGES], "the last stage; no bundles then"
+    "pretraining", None, "with --compare: this share of pretraining's steps, and nothing behind it"
 )
 CACHE = flags.DEFINE_string("compilation_cache", "~/.cache/dreamlite_jax", "as of launch.train")
 
@@ -54,7 +52,8 @@ def main() -> None:
         write_json(out / comparing.NAME, {"tables": tables})
         for line in comparing.said(tables):
             print(line)
-    finish(made[0], out)
+    if SHARE.value is None:  # else there is nothing but the tables
+        finish(made[0], out)
 
 
 def plans() -> list[plan.Plan]:
@@ -63,14 +62,18 @@ def plans() -> list[plan.Plan]:
     Raises:
       CommandError: flags that contradict each other.
     """
-    if QUICK.value and SHARE.value != 1:
-        raise cli.CommandError("--share is of the full demo's steps, --quick has its own: drop one")
-    if COMPARE.value and UNTIL.value in comparing.TOO_EARLY:
-        raise cli.CommandError(
-            f"--compare={COMPARE.value} needs all of pretraining, which ends with "
-            f"{comparing.JOINT}: set --until to that or a later stage"
-        )
-    common = QUICK.value, CACHE.value, SHARE.value, UNTIL.value or ""
+    if SHARE.value is not None:
+        if not 0 < SHARE.value <= 1:
+            raise cli.CommandError(
+                f"--pretraining is {SHARE.value:g}, should be a share of its steps, above 0 and at "
+                "most 1"
+            )
+        if QUICK.value or not COMPARE.value:
+            raise cli.CommandError(
+                "--pretraining is for a comparison of the full demo's pretraining: add "
+                "--compare=direct_joint, without --quick"
+            )
+    common = QUICK.value, CACHE.value, SHARE.value or 0.0
     seeds = range(SEED.value, SEED.value + SEEDS.value)
     return [plan.of(Path(OUT.value), seed, *common) for seed in seeds]
 

@@ -2,8 +2,8 @@
 
 Both pin versions of transformers that neither each other nor this project can share: each lives in
 an environment of its own, which needs nothing of this project's but NumPy, Pillow and absl, and is
-served from a checkout by `launch.serve_reward`. `tests/preference_models.py` runs both packages so
-with small random weights.
+served from a checkout by `launch.serve_reward`. `tests/preference_models.py` runs both packages so,
+on small networks.
 """
 
 from typing import Any

@@ -1,11 +1,11 @@
-"""Runs the very packages of HPSv3 and EditReward behind launch.serve_reward, with small weights.
+"""Runs the very packages of HPSv3 and EditReward behind launch.serve_reward, on small networks.
 
     python tests/preference_models.py --model=hpsv3 --python=ENV/bin/python [--checkout=DIR]
 
 ENV has the package, absl-py and nothing of this project; DIR is the checkout that holds EditReward,
-which is no package. Their networks are random, far narrower and of two layers, and are taught to
-tell the pictures of the self-test, so that the server begins; then it is asked in two orders.
-What this shows is that the adapters speak to the packages, not what released weights say.
+which is no package. Their networks are far narrower, of two layers, random at first, and taught
+the very pictures of the self-test, so that the server begins; then it is asked in two orders. What
+this shows is that the adapters speak to the packages, not what released weights say.
 (Not a test that pytest collects: those environments are large.)
 """
 
@@ -184,6 +184,8 @@ def main() -> None:
     if given.make:
         make(given.model, given.make)
         return
+    if not given.python:
+        parser.error("--python is needed: of the environment that has the package")
     path = os.pathsep.join(filter(None, (str(ROOT), given.checkout)))
     env = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as name:
@@ -198,11 +200,12 @@ def main() -> None:
             *("--device=cpu", f"--reward_config={folder / 'config.yaml'}"),
             f"--checkpoint={checkpoint(given.model, folder)}",
         )
-        server = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        try:
-            ask(given.model, server)
-        finally:
-            server.kill()
+        piped = {"stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=env, cwd=ROOT, **piped) as server:
+            try:
+                ask(given.model, server)
+            finally:
+                server.kill()
 
 
 def ask(model: str, server: subprocess.Popen) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launch.benchmark import row
-from launch.benchmarks.compare import WARM_UP_STEPS, Contender, compare
+from launch.benchmarks import rl
+from launch.benchmarks.compare import WARM_UP_STEPS, Contender, Timing, compare
 
 ROUNDS = 3
 
@@ -42,3 +43,20 @@ def test_a_contender_that_fails_says_why_and_does_not_stop_the_other(tmp_path):
     assert len(ours.seconds) == ROUNDS and not theirs.seconds
     assert "no room for b" in theirs.error
     assert row("case", [ours, theirs]).endswith("| - |")
+
+
+def test_shares_of_a_step_are_of_its_own_objective_where_all_of_it_was_measured():
+    def took(ms):
+        return [Timing("a", [ms / 1e3], 0.0, 0.0)]
+
+    found = {
+        rl.case("rollout", "grpo"): took(60),
+        rl.case("update", "grpo"): took(30),
+        rl.JUDGE: took(10),
+        rl.case("rollout", "nft"): took(80),
+    }
+    said = rl.summary(found).splitlines()
+    assert [line.split(", ")[-1] for line in said] == [
+        f"{share} % of a step of grpo" for share in (60, 30, 10)
+    ]
+    assert "33.33 updates/s of 16 pictures" in said[1]

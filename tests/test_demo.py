@@ -218,57 +218,77 @@ def test_every_accuracy_that_is_promised_is_asked_for(tmp_path):
     assert {(name, task) for name in wanted for task in summary.TASKS} <= asked
 
 
+@pytest.mark.parametrize("stage", [stage.config for stage in plan.STAGES[1:]])
+def test_no_u_net_is_shown_a_picture_of_a_held_out_pair(stage, tmp_path):
+    """Distillation's prompts name them, but its targets are not looked at."""
+    config = plan.config_of(plan.of(tmp_path, 0, False, "cache"), stage)
+    splits = {(one["task"], one["source"].split(":")[2]) for one in config.data}
+    if stage == "distill_dmd2":
+        assert config.loss.gan == 0 and ("t2i", "all") in splits
+        splits -= {("t2i", "all")}
+    assert {split for _, split in splits} == {"train"}
+
+
+def costs(made, *flops):
+    for phase, of_step in zip(comparing.PHASES, flops, strict=True):
+        write_json(comparing.cost_file(made, phase), {"flops": of_step})
+
+
+def flags_of(steps):
+    return {step.name: step.arguments() for step in steps}
+
+
 def test_the_direct_way_takes_the_same_compute_and_schedule(tmp_path):
+    from configs.shapes import phase1_t2i, phase2_edit, phase3_joint
+
     made = plan.of(tmp_path, 1, False, "cache")
-    for phase, flops, count in zip(
-        comparing.PHASES, (4e9, 5e9, 5e9), (1000, 500, 200), strict=True
-    ):
-        write_json(comparing.cost_file(made, phase), {"flops": flops, "steps": count})
-    given = {step.name: step.arguments() for step in comparing.steps(made)}
-    for k, count in enumerate((800, 500, 200), 1):
-        flags = given[f"direct{k}"]
-        assert f"--config.steps={count}" in flags
-        assert "--config=configs/shapes/phase3_joint.py" in flags
+    costs(made, 4e9, 5e9, 5e9)
+    given = flags_of(comparing.steps(made))
+    for k, config in enumerate((phase1_t2i, phase2_edit, phase3_joint), 1):
+        own = config.get_config()
+        paid = own.steps * 4 // 5 if k == 1 else own.steps
+        assert f"--config.steps={paid}" in given[f"direct{k}"]
+        assert "--config=configs/shapes/phase3_joint.py" in given[f"direct{k}"]
+        assert f"--config.optim.lr={own.optim.lr}" in given[f"direct{k}"]
+        assert f"--config.optim.warmup={own.optim.warmup}" in given[f"direct{k}"]
+
+
+def test_a_share_of_pretraining_and_nothing_behind_it(tmp_path):
+    """In schedules as short, both ways."""
     from configs.shapes import phase1_t2i, phase2_edit
 
-    for k, config in ((1, phase1_t2i.get_config()), (2, phase2_edit.get_config())):
-        assert f"--config.optim.lr={config.optim.lr}" in given[f"direct{k}"]
-        assert f"--config.optim.warmup={config.optim.warmup}" in given[f"direct{k}"]
-
-
-def test_a_share_of_the_steps_up_to_a_stage(tmp_path):
-    """What a comparison of pretraining needs of a demo, at a quarter of its length."""
-    made = plan.of(tmp_path, 1, False, "cache", share=0.25, until="phase3_joint")
-    assert made.folder == tmp_path / "share_0.25-1"
+    made = plan.of(tmp_path, 1, False, "cache", share=0.25)
+    whole = {step.name: step.seconds for step in plan.steps(plan.of(tmp_path, 1, False, "cache"))}
+    assert made.folder == tmp_path / "pretraining_0.25-1"
     steps = plan.steps(made)
-    assert [step.name for step in steps if not step.name.startswith("evaluate")] == [
-        "autoencoder",
-        *comparing.PHASES,
-    ]
+    trained = [step for step in steps if not step.name.startswith("evaluate")]
+    assert [step.name for step in trained] == ["autoencoder", *comparing.PHASES]
     assert steps[-1].name == "evaluate-phase3_joint"
-    from configs.shapes import phase2_edit
+    shares = [step.seconds / whole[step.name] for step in trained]
+    assert shares == pytest.approx([1, 0.25, 0.25, 0.25])
 
-    flags = {step.name: step.arguments() for step in steps}
-    assert not any(flag.startswith("--config.steps") for flag in flags["autoencoder"])
-    assert f"--config.steps={phase2_edit.get_config().steps // 4}" in flags["phase2_edit"]
-
-    for phase in comparing.PHASES:
-        write_json(comparing.cost_file(made, phase), {"flops": 1e9, "steps": 1000})
-    given = {step.name: step.arguments() for step in comparing.steps(made)}
-    assert all("--config.steps=250" in given[f"direct{k}"] for k in (1, 2, 3))
-
-
-def test_a_quick_demo_up_to_a_stage_is_judged_at_its_end(tmp_path):
-    steps = plan.steps(plan.of(tmp_path, 0, True, "cache", until="phase2_edit"))
-    trained = ["autoencoder", "phase1_t2i", "phase2_edit"]
-    assert [step.name for step in steps] == [*trained, "evaluate-all"]
+    costs(made, 4e9, 5e9, 5e9)
+    given = flags_of([*trained, *comparing.steps(made)])
+    assert not any(flag.startswith("--config.steps") for flag in given["autoencoder"])
+    first, second = phase1_t2i.get_config(), phase2_edit.get_config()
+    for name, count in (
+        ("phase1_t2i", first.steps // 4),
+        ("direct1", first.steps // 5),
+        ("phase2_edit", second.steps // 4),
+        ("direct2", second.steps // 4),
+    ):
+        assert f"--config.steps={count}" in given[name]
+    for name in ("phase1_t2i", "direct1"):
+        assert f"--config.optim.warmup={first.optim.warmup // 4}" in given[name]
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--quick", "--share=0.5"], "--quick has its own"),
-        (["--compare=direct_joint", "--until=phase2_edit"], "set --until to that or a later stage"),
+        (["--pretraining=0.5"], "add --compare=direct_joint, without --quick"),
+        (["--pretraining=0.5", "--compare=direct_joint", "--quick"], "without --quick"),
+        (["--pretraining=0", "--compare=direct_joint"], "should be a share of its steps"),
+        (["--pretraining=nan", "--compare=direct_joint"], "should be a share of its steps"),
     ],
 )
 def test_flags_that_contradict_each_other(given, said, tmp_path, capsys):
@@ -354,6 +374,10 @@ def test_several_seeds_make_a_table(tmp_path):
     # 11 points, t = 4.303 for two degrees of freedom, standard error 1 / sqrt(3)
     assert ways["rows"][0][1:] == ["61.0 ± 1.0", "50.0 ± 0.0", "+11.0 (+8.5 to +13.5)"]
     assert "| Both together |" in "\n".join(comparing.said([seeds]))
+    short = [one._replace(share=0.25) for one in made]
+    assert all(
+        table["note"].endswith(" 25 % of the demo's steps.") for table in comparing.tables(short)
+    )
 
 
 def test_curves_stand_where_their_numbers_do():

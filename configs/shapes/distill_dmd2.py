@@ -12,10 +12,10 @@ def get_config(variant=None):
     config = sft.get_config()
     config.stage = "dmd2"
     config.init_from = "runs/shapes/sft"
-    # A prompt is enough, the teacher draws: those of text to image name the four pairs of shape and
-    # colour, too, of which no U-Net has been shown a picture. On the others, that it learnt from,
-    # guidance changes hardly anything, so that nothing could be learnt of it there. (loss.gan would
-    # show the targets: with it, train's.)
+    # For text to image a prompt is enough: the student draws, the teacher judges. So they name the
+    # four pairs, too, of which no U-Net has been shown a picture. After reinforcement learning
+    # guidance hardly changes pictures of the others, so that these teach little of what it does.
+    # (loss.gan would show the targets: with it, train's.)
     config.data = tuple(
         {"source": f"shapes:demo:{split}", "task": task, "weight": 1.0, "count": 20_000, "seed": 3}
         for task, split in (("t2i", "all"), ("edit", "train"))

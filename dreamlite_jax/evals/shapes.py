@@ -2,7 +2,8 @@
 
 Case k of (world, split, task, seed) is always the same prompt with the same noise, so that any two
 models, steps or bundles are compared picture by picture. Splits "iid" (combinations of attributes
-that training showed) and "held_out" (that it never did) share no sample with training.
+that training showed) and "held_out" (of which it showed no picture; a distillation's prompts may
+name them) share no sample with training.
 
 Shapes: N cases, S the side of pictures, h w c of latents.
 """

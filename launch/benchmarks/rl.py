@@ -48,18 +48,23 @@ def cases() -> Iterator[tuple[str, list[Contender]]]:
 
 
 def summary(found: Mapping[str, list[Timing]]) -> str:
-    """Rates, and what share of a step each part takes."""
+    """Rates, and what share of an objective's step each part takes, where all were measured."""
     known = {name: timings[0].median_ms for name, timings in found.items() if not timings[0].error}
     lines = []
     for objective in OBJECTIVES:
         rollout, update = case("rollout", objective), case("update", objective)
-        parts = {name: known[name] for name in (rollout, update, JUDGE) if name in known}
-        for name, ms in parts.items():
-            rate = f"{PICTURES / ms * 1e3:.1f} images/s"
-            if name == update:
-                rate = f"{1e3 / ms:.2f} updates/s of {PICTURES} pictures"
-            share = 100 * ms / sum(parts.values())
-            lines.append(f"{name}: {rate}, {share:.0f} % of a step of {objective}")
+        if not {rollout, update, JUDGE} <= known.keys():
+            continue
+        total = known[rollout] + known[update] + known[JUDGE]
+        rates = {
+            rollout: f"{PICTURES / known[rollout] * 1e3:.1f} images/s",
+            update: f"{1e3 / known[update]:.2f} updates/s of {PICTURES} pictures",
+            JUDGE: f"{PICTURES / known[JUDGE] * 1e3:.0f} images/s",
+        }
+        lines += [
+            f"{name}: {rate}, {100 * known[name] / total:.0f} % of a step of {objective}"
+            for name, rate in rates.items()
+        ]
     return "\n".join(lines)
 
 
@@ -92,7 +97,7 @@ def _made(model_dir: str, objective: str) -> tuple[Any, ...]:
     }
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     context = length - model.config.drop.generate
-    loss = {"grpo": grpo, "nft": nft}[objective].Settings()
+    loss = {"grpo": grpo.Settings(), "nft": nft.Settings(levels=WINDOW)}[objective]
     rollout = rollouts.make_rollout(model.config, settings, loss, context, mesh)
     return model, settings, loss, batch, rollout
 

@@ -18,9 +18,8 @@ from launch.demos.summary import NAMES, TASKS, VARIANTS
 from launch.files import read_json
 
 NAME = "compare.json"
-PHASES = ("phase1_t2i", "phase2_edit", "phase3_joint")
+PHASES = plan.PRETRAINING
 JOINT = PHASES[-1]
-TOO_EARLY = ("autoencoder", *PHASES[:-1])  # where a demo that is to be compared must not end
 # Of a stage's config, what makes its schedule.
 _OF_OPTIM = ("lr", "schedule", "warmup", "decay_from")
 _OF_LOSS = ("mean", "edit_offset")
@@ -46,7 +45,7 @@ def steps(made: Plan) -> list[Step]:
         found.append(leg(made, number, phase, workdir, start))
         start = workdir
     variant = {"name": "direct", "model": str(start), **plan.GUIDED}
-    return [*found, plan.evaluate(made, "direct", "Judging: direct", [variant], 60)]
+    return [*found, plan.evaluate(made, "direct", "Judging: direct", [variant], 30)]
 
 
 def cost(made: Plan, phase: str) -> Step:
@@ -66,13 +65,13 @@ def leg(made: Plan, number: int, phase: str, workdir: Path, start: Path) -> Step
 
     def flags() -> Sequence[str]:
         own, joint = (read_json(cost_file(made, name)) for name in (phase, JOINT))
-        count = plan.QUICK_STEPS if made.quick else own["steps"]
-        paid = plan.shared(made, count * own["flops"] / joint["flops"])
+        count = plan.QUICK_STEPS if made.quick else plan.config_of(made, phase).steps
+        paid = max(1, round(count * own["flops"] / joint["flops"]))
         common = plan.training(made, JOINT, workdir, start)
         return ("launch.train", *common, f"--config.steps={paid}", *schedule(made, phase))
 
-    title, seconds = f"Both tasks at once, part {number} of 3", made.time(400 * made.share)
-    return Step(f"direct{number}", title, flags, seconds)
+    title, seconds = f"Both tasks at once, part {number} of 3", 450 * (made.share or 1)
+    return Step(f"direct{number}", title, flags, made.time(seconds))
 
 
 def schedule(made: Plan, phase: str) -> list[str]:
@@ -97,7 +96,9 @@ def tables(made: Sequence[Plan]) -> list[Table]:
     direct = [scores(one, "direct") for one in made]
     if all(direct):
         result.append(by_way(found, direct))
-    return result
+    share = made[0].share
+    short = f" Of every stage {100 * share:g} % of the demo's steps." if share else ""
+    return [{**table, "note": table["note"] + short} for table in result]
 
 
 def scores(made: Plan, variant: str) -> dict[str, float]:

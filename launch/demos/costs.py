@@ -2,7 +2,7 @@
 
     python -m launch.demos.costs --config=configs/shapes/sft.py --workdir=DIR --out=FILE.json
 
-Writes {"flops": of a step, "steps": of the config}.
+Writes {"flops": of a step}.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ OUT = flags.DEFINE_string("out", None, "JSON file to write", required=True)
 def main() -> None:
     run = train_config.opened(CONFIG.value, WORKDIR.value)
     flops = train_config.flops_of_step(run)
-    write_json(Path(OUT.value), {"flops": flops, "steps": run.raw.steps})
+    write_json(Path(OUT.value), {"flops": flops})
     print(f"{flops / 1e9:.2f} GFLOP a step")
 
 

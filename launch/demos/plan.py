@@ -36,14 +36,14 @@ STAGES = (
         "Autoencoder",
         "Turns pictures into small latents and back. It sees every pair of shape and "
         "colour, so that what is held out later tests the model and not the decoder.",
-        200,
+        165,
     ),
     Stage(
         "phase1_t2i",
         "Text to image",
         "Learns to draw what a caption says, and to read captions on the way. Four pairs of "
         "shape and colour are never shown.",
-        530,
+        505,
         ({"name": "pretrain", "task": ["t2i"], **GUIDED},),
     ),
     Stage(
@@ -51,7 +51,7 @@ STAGES = (
         "Editing",
         "Learns to change one thing of a picture and leave the rest alone; every fourth lesson "
         "is on text to image, which would be forgotten.",
-        470,
+        445,
         (
             {"name": "edit", "task": ["t2i"], **GUIDED},
             {"name": "pretrain", "task": ["edit"], **GUIDED},
@@ -61,21 +61,21 @@ STAGES = (
         "phase3_joint",
         "Both together",
         "Both tasks in equal parts, which brings back what lessons on editing made it forget.",
-        470,
+        410,
         ({"name": "joint", **GUIDED},),
     ),
     Stage(
         "sft",
         "Fine-tuning",
         "Few steps on a small, clean set, with the text encoder frozen.",
-        90,
+        75,
         ({"name": "sft", **GUIDED}, {"name": "sft_unguided", **UNGUIDED}),
     ),
     Stage(
         "rl_nft",
         "Reinforcement learning",
         "Draws a group of pictures for each prompt; those that the judge prefers become likelier.",
-        700,
+        405,
         (
             {"name": "rl", "diversity": 16, **GUIDED},
             {"name": "rl_unguided", **UNGUIDED},  # as in training, though there in 6 steps
@@ -86,10 +86,11 @@ STAGES = (
         "distill_dmd2",
         "Distillation",
         "A student learns to do in four steps, unguided, what its teacher does in 28 guided ones. "
-        "It needs no pictures but the teacher's, so its prompts may name the four pairs, too.",
-        220,
+        "For text to image prompts are enough, so these name the four pairs, too.",
+        175,
     ),
 )
+PRETRAINING = ("phase1_t2i", "phase2_edit", "phase3_joint")
 DISTILLED = {"name": "distilled", "diversity": 16, "inputs": True}
 BUNDLES = ("fp16", "int8")
 QUICK_STEPS = 10
@@ -109,8 +110,7 @@ class Plan(NamedTuple):
     seed: int
     quick: bool
     cache: str
-    share: float = 1.0  # of the steps of every stage but the autoencoder's
-    until: str = ""  # the config of its last stage; "": all of them, export and bundles
+    share: float = 0.0  # of pretraining's steps, and no stage behind it; 0: the whole demo
 
     @property
     def count(self) -> int:
@@ -137,10 +137,10 @@ class Plan(NamedTuple):
         return 20.0 if self.quick else seconds
 
 
-def of(out: Path, seed: int, quick: bool, cache: str, share: float = 1.0, until: str = "") -> Plan:
+def of(out: Path, seed: int, quick: bool, cache: str, share: float = 0.0) -> Plan:
     """A demo in its own folder below `out`."""
-    name = "quick" if quick else "full" if share == 1 else f"share_{share:g}"
-    return Plan(out / (name + (f"-{seed}" if seed else "")), seed, quick, cache, share, until)
+    name = f"pretraining_{share:g}" if share else "quick" if quick else "full"
+    return Plan(out / (name + (f"-{seed}" if seed else "")), seed, quick, cache, share)
 
 
 def run(plan: Plan, wanted: Sequence[Step]) -> None:
@@ -165,14 +165,13 @@ def steps(plan: Plan) -> list[Step]:
         if plan.quick:
             pending += variants
         elif variants:
-            found.append(evaluate(plan, stage.config, f"Judging: {stage.title}", variants, 60))
+            found.append(evaluate(plan, stage.config, f"Judging: {stage.title}", variants, 30))
         before = stage
-        if stage.config == plan.until:
-            last = [evaluate(plan, "all", "Judging: all", pending, 60)] if pending else []
-            return found + last
+        if plan.share and stage.config == PRETRAINING[-1]:
+            return found
     exported = plan.folder / "model"
     flags = (f"--workdir={plan.run(before)}", f"--out={exported}", "--overwrite")
-    found.append(Step("export", "Export", lambda: ("convert.export", *flags), plan.time(20)))
+    found.append(Step("export", "Export", lambda: ("convert.export", *flags), plan.time(5)))
     pending.append({**DISTILLED, "model": str(exported)})
     found.append(
         evaluate(
@@ -180,7 +179,7 @@ def steps(plan: Plan) -> list[Step]:
             "distilled",
             "Judging: all" if plan.quick else "Judging: Distillation",
             pending,
-            60,
+            15,
         )
     )
     return found + bundling(plan, exported)
@@ -191,22 +190,23 @@ def train(plan: Plan, stage: Stage, before: Stage | None) -> Step:
     flags = training(plan, stage.config, plan.run(stage), start)
     if plan.quick:
         flags.append(f"--config.steps={2 if stage.config == 'rl_nft' else QUICK_STEPS}")
-    elif plan.share != 1 and before:
-        flags.append(f"--config.steps={shared(plan, config_of(plan, stage.config).steps)}")
-    seconds = plan.time(stage.seconds * (plan.share if before else 1))
+    seconds = plan.time(stage.seconds)
+    if plan.share and before:
+        short = config_of(plan, stage.config)
+        flags += [f"--config.steps={short.steps}", f"--config.optim.warmup={short.optim.warmup}"]
+        seconds *= plan.share
     return Step(stage.config, stage.title, lambda: ("launch.train", *flags), seconds)
 
 
-def shared(plan: Plan, steps: float) -> int:
-    """The plan's share of so many steps."""
-    return max(1, round(plan.share * steps))
-
-
 def config_of(plan: Plan, name: str) -> Any:
-    """A config of configs/shapes/, as the demo takes it."""
-    return importlib.import_module(f"configs.shapes.{name}").get_config(
-        "quick" if plan.quick else None
-    )
+    """A config of configs/shapes/, with its schedule as short as the plan asks for."""
+    module = importlib.import_module(f"configs.shapes.{name}")
+    config = module.get_config("quick" if plan.quick else None)
+    if plan.share:
+        with config.unlocked():
+            config.steps = max(1, round(plan.share * config.steps))
+            config.optim.warmup = round(plan.share * config.optim.warmup)
+    return config
 
 
 def training(plan: Plan, config: str, workdir: Path, start: Path | None) -> list[str]:
@@ -252,14 +252,14 @@ def bundling(plan: Plan, model: Path) -> list[Step]:
                 f"bundle-{kind}",
                 f"Bundle, {kind} weights",
                 bundle_flags(plan, model, kind),
-                plan.time(90),
+                plan.time(60),
             ),
             *(
                 Step(
                     f"draw-{kind}-{task}",
                     f"Pictures by the {kind} bundle, {task}",
                     draw_flags(plan, bundle, task, drawn),
-                    plan.time(60),
+                    plan.time(37),
                 )
                 for task in summary.TASKS
             ),

@@ -368,7 +368,9 @@ def students(folder: Path, found: Metrics) -> str:
     head = ("", "Right", "Sharpness", "Diversity")
     return (
         "<h2>Distillation: teacher and student</h2><p>Sharpness is 1 for a crisp render, diversity "
-        "the difference between four pictures of one prompt: a student must lose neither.</p>"
+        "the difference between four pictures of one prompt: a student must lose neither. The "
+        "student's prompts name held-out pairs, too, in text to image; pictures of them it has not "
+        "been shown.</p>"
         f'<div class="card">{table(head, rows, (1, 2, 3))}</div>{"".join(parts)}'
     )
 

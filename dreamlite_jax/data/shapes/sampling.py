@@ -3,7 +3,7 @@
 Splits: "train" and "iid" hold no thing of a held-out (shape, colour) pair, in no source, target or
 caption, and differ in their random streams only; every "held_out" prompt is about such a pair;
 "all" draws from all pairs alike, for an autoencoder (one that has not seen a pair blurs it, and
-what was meant to test composition tests the autoencoder).
+what was meant to test composition tests the autoencoder), and for prompts without their pictures.
 """
 
 import itertools
