@@ -97,7 +97,7 @@ def tables(made: Sequence[Plan]) -> list[Table]:
     if all(direct):
         result.append(by_way(found, direct))
     share = made[0].share
-    short = f" Of every stage {100 * share:g} % of the demo's steps." if share else ""
+    short = f" Pretraining took {100 * share:g} % of the demo's steps." if share else ""
     return [{**table, "note": table["note"] + short} for table in result]
 
 
