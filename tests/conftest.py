@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 # Of tests and of what they start: libtpu, which they compile for, is no device here and says so.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GALLIVM_PERF", "nopt")  # of the Vulkan driver: few pictures, many shaders
+# A shell's background jobs ignore Ctrl-C, and so would what tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
 
 
