@@ -117,7 +117,8 @@ def quick(config: ConfigDict) -> ConfigDict:
     config.workers, config.threads = 0, 1
     config.validation = ()
     config.data = tuple(
-        {"source": "shapes:quick:train", "task": task, "count": 64} for task in tasks(config)
+        {"source": f"shapes:quick:{split}", "task": task, "count": 64}
+        for task, split in splits(config).items()
     )
     # The same for all, so that what was compiled for one serves the next.
     config.optim.lr, config.optim.schedule, config.optim.decay_from = 1e-3, "constant", 0.0
@@ -128,10 +129,15 @@ def quick(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def tasks(config: ConfigDict) -> tuple[str, ...]:
-    """The tasks that a config's data says it has, each once."""
-    named = [entry.get("task", "t2i") for entry in config.data]
-    return tuple(dict.fromkeys(named)) or ("t2i",)
+def splits(config: ConfigDict) -> dict[str, str]:
+    """The tasks that a config's data says it has, each with the split of the shapes world that it
+    is about, train where it is about another world."""
+    named = {}
+    for entry in config.data:
+        source = entry["source"]
+        split = source.split(":")[-1] if source.startswith("shapes:") else "train"
+        named.setdefault(entry.get("task", "t2i"), split)
+    return named or {"t2i": "train"}
 
 
 def finished(config: ConfigDict, variant: str | None) -> ConfigDict:

@@ -49,7 +49,7 @@ def main() -> None:
         plan.run(one, [*plan.steps(one), *(comparing.steps(one) if COMPARE.value else ())])
     if len(made) > 1 or COMPARE.value:
         tables = comparing.tables(made)
-        write_json(out / comparing.NAME, {"tables": tables})
+        write_json(out / comparing.file_name(made[0]), {"tables": tables})
         for line in comparing.said(tables):
             print(line)
     if SHARE.value is None:  # else there is nothing but the tables

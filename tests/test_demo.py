@@ -260,6 +260,7 @@ def test_a_share_of_pretraining_and_nothing_behind_it(tmp_path):
     made = plan.of(tmp_path, 1, False, "cache", share=0.25)
     whole = {step.name: step.seconds for step in plan.steps(plan.of(tmp_path, 1, False, "cache"))}
     assert made.folder == tmp_path / "pretraining_0.25-1"
+    assert comparing.file_name(made) == "compare_pretraining_0.25.json"  # not the page's
     steps = plan.steps(made)
     trained = [step for step in steps if not step.name.startswith("evaluate")]
     assert [step.name for step in trained] == ["autoencoder", *comparing.PHASES]

@@ -17,7 +17,6 @@ from launch.demos.plan import Plan
 from launch.demos.summary import NAMES, TASKS, VARIANTS
 from launch.files import read_json
 
-NAME = "compare.json"
 PHASES = plan.PRETRAINING
 JOINT = PHASES[-1]
 # Of a stage's config, what makes its schedule.
@@ -87,6 +86,11 @@ def getattr_path(config: Any, key: str) -> Any:
 
 
 # --- Tables ---------------------------------------------------------------------------------------
+
+
+def file_name(made: Plan) -> str:
+    """Of the tables; report.html shows those of whole demos."""
+    return f"compare_pretraining_{made.share:g}.json" if made.share else "compare.json"
 
 
 def tables(made: Sequence[Plan]) -> list[Table]:
