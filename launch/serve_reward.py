@@ -3,12 +3,14 @@
     python -m launch.serve_reward --reward=hpsv3 --port=8001
     python -m launch.serve_reward --reward=editreward --port=8002 \\
       --reward_config=EditReward/config/EditReward-MiMo-VL-7B-SFT-2508.yaml --checkpoint=DIR
-    python -m launch.serve_reward --reward=mine:brightness --port=8003
+    python -m launch.serve_reward --reward=mine:beauty --port=8003
 
-`mine:brightness` is a function (images, prompts, sources, metadata) -> scores in mine.py, or a
-`rewards.base.Reward` with its range and examples. Needs NumPy, Pillow and absl-py; run it from a
-checkout. Runs name it as {"reward": "http://HOST:8001"}; dreamlite_jax/rewards/protocol.py says
-what is spoken. There is no password: keep it within a network that you trust.
+`mine:beauty` is a function (images, prompts, sources, metadata) -> scores in mine.py, or a
+`rewards.base.Reward` with its range and examples: pairs of pictures of which the first has to score
+higher, with which every run tests it before its first step. A function alone is tested with
+pictures of shapes, which have to score higher than noise. Needs NumPy, Pillow and absl-py; run it
+from a checkout. Runs name it as {"reward": "http://HOST:8001"}; dreamlite_jax/rewards/protocol.py
+says what is spoken. There is no password: keep it within a network that you trust.
 """
 
 import importlib
@@ -35,7 +37,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a preference model's weigh
 
 def main() -> None:
     reward = find(REWARD.value)
-    if reward.examples is not list:  # a function that brings none is tested by no one
+    if reward.examples is not list:  # a function that brings none is tested by its clients
         self_test(reward)
     made = serving.server(reward, HOST.value, PORT.value)
     host, port = made.server_address[:2]

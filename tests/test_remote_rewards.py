@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dreamlite_jax.rewards import opening, protocol, remote, serving
-from dreamlite_jax.rewards.base import Requests, Reward, RewardError, scored, self_test
+from dreamlite_jax.rewards.base import Example, Requests, Reward, RewardError, scored, self_test
 
 QUICK = remote.Settings(
     batch_size=2, concurrency=3, timeout=0.5, attempts=3, patience=5.0, pause=0.01
@@ -58,7 +58,8 @@ def serve():
 class Script:
     """A server that answers requests in turn as a list of functions says, and then properly.
 
-    A function gets the request's id and the right scores, and gives a status and a body.
+    A function gets the request's id and the right scores, and gives a status and the body's parts,
+    between which time passes, with the length that is claimed where it is another.
     """
 
     def __init__(self, *answers):
@@ -67,7 +68,7 @@ class Script:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.answer(200, protocol.describe(IDENTITY))
+                self.answer(200, [protocol.describe(IDENTITY)])
 
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -79,11 +80,13 @@ class Script:
                 if found is not None:
                     self.answer(*found)
 
-            def answer(self, status, body):
+            def answer(self, status, parts, length=None):
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Length", str(length or sum(map(len, parts))))
                 self.end_headers()
-                self.wfile.write(body)
+                for part in parts:
+                    self.wfile.write(part)
+                    time.sleep(0.2 * (part is not parts[-1]))
 
             def log_message(self, *_):
                 pass
@@ -95,7 +98,7 @@ class Script:
 
 
 def proper(name, scores):
-    return 200, protocol.reply(name, scores)
+    return 200, [protocol.reply(name, scores)]
 
 
 @pytest.fixture
@@ -134,58 +137,77 @@ def late(name, scores):
     return proper(name, scores)
 
 
+def listing(name, listed):
+    return 200, [json.dumps({"id": name, "scores": listed}).encode()]
+
+
 def out_of_order(name, scores):
-    listed = [{"item": k, "score": s} for k, s in enumerate(scores)][::-1]
-    return 200, json.dumps({"id": name, "scores": listed}).encode()
+    return listing(name, [{"item": k, "score": s} for k, s in enumerate(scores)][::-1])
 
 
 def of_another(name, scores):
-    return 200, protocol.reply("another", [0.0] * len(scores))
+    return 200, [protocol.reply("another", [0.0] * len(scores))]
 
 
 def short(name, scores):
-    return 200, protocol.reply(name, scores[:-1])
+    return 200, [protocol.reply(name, scores[:-1])]
 
 
 def twice(name, scores):
-    listed = [{"item": 0, "score": 1.0}] * (len(scores) + 1)
-    return 200, json.dumps({"id": name, "scores": listed}).encode()
+    return listing(name, [{"item": 0, "score": 1.0}] * (len(scores) + 1))
 
 
 def nested(name, scores):
-    listed = [{"item": k, "score": [s]} for k, s in enumerate(scores)]
-    return 200, json.dumps({"id": name, "scores": listed}).encode()
+    return listing(name, [{"item": k, "score": [s]} for k, s in enumerate(scores)])
+
+
+def endless(name, scores):
+    return listing(name, [{"item": math.inf, "score": s} for s in scores])
 
 
 def nan(name, scores):
-    return 200, protocol.reply(name, [math.nan] * len(scores))
+    return 200, [protocol.reply(name, [math.nan] * len(scores))]
 
 
 def beyond(name, scores):
-    return 200, protocol.reply(name, [1e6] * len(scores))
+    return 200, [protocol.reply(name, [1e6] * len(scores))]
 
 
 def garbage(name, scores):
-    return 200, b"<html>a proxy says hello</html>"
+    return 200, [b"<html>a proxy says hello</html>"]
 
 
 def failing(name, scores):
-    return 500, protocol.failure(RuntimeError("out of memory"))
+    return 500, [protocol.failure(RuntimeError("out of memory"))]
 
 
 def overrun(name, scores):
-    return 503, b"later"
+    return 503, [b"later"]
 
 
 def silent(name, scores):
     """Closes without a word."""
 
 
+def cut_off(name, scores):
+    return 200, proper(name, scores)[1], 10**4
+
+
+def failing_and_cut_off(name, scores):
+    return 500, failing(name, scores)[1], 10**4
+
+
+def dripping(name, scores):
+    """No pause is longer than the client waits, all together are."""
+    body = protocol.reply(name, scores)
+    return 200, [body[k : k + 5] for k in range(0, len(body), 5)]
+
+
 @pytest.mark.parametrize(
     "answer",
     [
-        *(slow, late, out_of_order, of_another, short, twice, nested, nan, beyond, garbage),
-        *(failing, overrun, silent),
+        *(slow, late, out_of_order, of_another, short, twice, nested, endless, nan, beyond),
+        *(garbage, failing, overrun, silent, cut_off, failing_and_cut_off, dripping),
     ],
 )
 def test_whatever_a_server_does_once_each_picture_has_its_own_score(answer, script):
@@ -205,7 +227,7 @@ def test_whatever_a_server_does_once_each_picture_has_its_own_score(answer, scri
         (beyond, "a score of 1e+06 is outside of its range 0 to 100"),
         (garbage, "answered wrongly 3 times"),
         (failing, "status 500: RuntimeError: out of memory"),
-        (lambda *_: (400, protocol.failure(ValueError("no"))), "status 400: ValueError: no"),
+        (lambda *_: (400, [protocol.failure(ValueError("no"))]), "status 400: ValueError: no"),
     ],
 )
 def test_a_server_that_goes_on_answering_wrongly_ends_it(answer, message, script):
@@ -320,6 +342,42 @@ def test_a_hosted_reward_is_the_reward(serve):
     pairs = [[e[k] for e in examples] * 2 for k in (2, 3, 4)]
     given = Requests(images, *pairs)
     np.testing.assert_array_equal(scored(reward, given), scored(opening.BUILT_IN["shapes"], given))
+
+
+@pytest.mark.parametrize("name", ["saturation", "sharpness"])
+def test_a_hosted_reward_is_tested_with_its_own_examples(name, serve):
+    """Here with noise, which has much of both, it would fail."""
+    ((reward, *_),) = opening.open_rewards([{"reward": serve(opening.BUILT_IN[name])}])
+    self_test(reward)
+
+
+def test_examples_bring_what_a_reward_needs_to_know(serve):
+    """A bright picture is good where metadata asks for light, a dark one elsewhere."""
+    light, dark = (np.full((4, 5, 3), value, np.uint8) for value in (200, 20))
+
+    def brightness(images, prompts, sources, metadata):
+        signs = [1 if at["light"] else -1 for at in metadata]
+        return [s * float(image.mean()) for s, image in zip(signs, images, strict=True)]
+
+    shown = [
+        Example(light, dark, "by day", None, {"light": True}),
+        Example(dark, light, "by night", light, {"light": False}),
+    ]
+    reward = Reward("brightness", brightness, examples=lambda: shown)
+    self_test(remote.open_remote(serve(reward), QUICK))
+    turned = reward._replace(score=lambda *given: [-x for x in brightness(*given)])
+    with pytest.raises(RewardError, match="for 'by day' a good picture scores -200, a bad one -20"):
+        self_test(remote.open_remote(serve(turned), QUICK))
+
+
+def test_a_function_alone_has_to_know_shapes_from_noise(serve):
+    def flat(images, prompts, sources, metadata):
+        return [-float(np.abs(np.diff(image.astype(float), axis=1)).mean()) for image in images]
+
+    self_test(remote.open_remote(serve(Reward("flat", flat)), QUICK))
+    noisy = Reward("noisy", lambda *given: [-x for x in flat(*given)])
+    with pytest.raises(RewardError, match="a good picture scores"):
+        self_test(remote.open_remote(serve(noisy), QUICK))
 
 
 def test_a_reward_that_fails_leaves_the_server_up(serve):

@@ -1,14 +1,16 @@
 """How rewards travel: JSON over HTTP, pictures as PNG in base64.
 
-    GET /   {"name": "hpsv3", "range": [null, null], "tasks": ["t2i"], "needs": []}
+    GET /   {"name": "hpsv3", "range": [null, null], "tasks": ["t2i"], "needs": [], "examples": [
+             {"prompt": ..., "good": ..., "bad": ..., "source": ..., "metadata": {}}, ...]}
     POST /  {"id": "7f...", "items": [{"prompt": ..., "image": ..., "source": ..., "metadata": {}}]}
             {"id": "7f...", "scores": [{"item": 0, "score": 0.5}, ...]}
 
 `source` is null where nothing is edited. A reply names its request and every score its item, so
 that neither a late reply nor another order can be taken for what it is not. A range's null stands
 for infinity. Errors are {"error": TEXT} with a status: 400 for what the client did wrong, 500 for a
-reward that failed. No pickle, which would run what it is sent; no JPEG, whose artefacts preference
-models see.
+reward that failed. Examples are pairs of which the first has to score higher, for the client's
+self-test; a server may leave them out. No pickle, which would run what it is sent; no JPEG, whose
+artefacts preference models see.
 """
 
 import base64
@@ -21,7 +23,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dreamlite_jax.rewards.base import TASKS, Picture, Requests, Reward, RewardError
+from dreamlite_jax.rewards.base import TASKS, Example, Picture, Requests, Reward, RewardError
+
+_PICTURES = ("good", "bad", "source")  # of an example
 
 
 def packed(image: Picture | None) -> str | None:
@@ -82,7 +86,7 @@ def read_reply(body: bytes, name: str, n: int) -> list[float]:
         if found["id"] != name:
             raise ValueError(f"a reply to another request, {found['id']!r}")
         by_item = {int(one["item"]): float(one["score"]) for one in found["scores"]}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"no reply: {type(error).__name__} {error}") from error
     if len(found["scores"]) != n or by_item.keys() != set(range(n)):
         raise ValueError(f"scores of items {sorted(by_item)[:10]} for {n} pictures")
@@ -93,11 +97,20 @@ def describe(reward: Reward) -> bytes:
     """The body that says what a server's reward is."""
     limits = [x if math.isfinite(x) else None for x in (reward.least, reward.most)]
     about = {"name": reward.name, "range": limits, "tasks": reward.tasks, "needs": reward.needs}
-    return json.dumps(about).encode()
+    shown = [
+        {
+            "prompt": e.prompt,
+            **{key: packed(getattr(e, key)) for key in _PICTURES},
+            "metadata": dict(e.metadata),
+        }
+        for e in reward.examples()
+    ]
+    return json.dumps({**about, "examples": shown}).encode()
 
 
 def read_description(body: bytes) -> dict[str, Any]:
-    """Fields of a `Reward` from what a server says; RewardError where it says something else."""
+    """Fields of a `Reward` from what a server says, `examples` a list; RewardError where it says
+    something else."""
     try:
         found = json.loads(body)
         least, most = found["range"]
@@ -110,8 +123,16 @@ def read_description(body: bytes) -> dict[str, Any]:
             "most": math.inf if most is None else float(most),
             "tasks": tasks,
             "needs": needs,
+            "examples": [
+                Example(
+                    **{key: unpacked(e[key]) for key in _PICTURES},
+                    prompt=str(e["prompt"]),
+                    metadata=dict(e["metadata"]),
+                )
+                for e in found.get("examples", ())
+            ],
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise RewardError(f"it does not describe a reward: {error}") from error
 
 

@@ -30,7 +30,7 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 class Settings(NamedTuple):
     batch_size: int = 16  # pictures of a request
     concurrency: int = 4  # requests at a time
-    timeout: float = 120.0  # seconds that a request may take
+    timeout: float = 120.0  # seconds that an answer may take to begin, and about as many to end
     attempts: int = 4  # wrong answers to a request until that is an error
     patience: float = 600.0  # seconds that the server may be away
     pause: float = 1.0  # seconds before asking again, doubled each time up to `longest_pause`
@@ -63,7 +63,11 @@ def open_remote(
         raise RewardError(
             f"{url}: {error}; start the server first: python -m launch.serve_reward"
         ) from error
-    shown = [e for e in examples() if (T2I if e.source is None else EDIT) in about["tasks"]]
+    if not about["examples"]:  # then it has to know a good picture of shapes from noise
+        about["examples"] = [
+            e for e in examples() if (T2I if e.source is None else EDIT) in about["tasks"]
+        ]
+    shown = about.pop("examples")
     reward = Reward(**about, score=None, examples=lambda: shown)
 
     def score(images, prompts, sources, metadata) -> np.ndarray:
@@ -139,18 +143,42 @@ def _sleep(seconds: float, interrupted: Callable[[], bool], reward: Reward) -> N
 
 def _fetched(request: urllib.request.Request, timeout: float) -> bytes:
     try:
-        with _OPENER.open(request, timeout=timeout) as answer:
-            return answer.read()
-    except urllib.error.HTTPError as error:
-        text = f"status {error.code}: {protocol.read_failure(error.read())}"
-        if error.code in _AWAY:
-            raise _AwayError(text) from error
-        if error.code < 500:
-            raise RewardError(f"{request.full_url}: {text}") from error
-        raise _WrongError(text) from error
+        status, body = _exchanged(request, timeout)
     except urllib.error.URLError as error:
         raise _AwayError(str(error.reason)) from error
     except (OSError, http.client.HTTPException) as error:  # cut off, or too slow, within the answer
-        raise _AwayError(f"{type(error).__name__} {error}".strip()) from error
+        raise _AwayError(str(error) or type(error).__name__) from error
     except ValueError as error:
         raise RewardError(f"{request.full_url}: {error}") from error
+    if status < 300:
+        return body
+    text = f"status {status}: {protocol.read_failure(body)}"
+    if status in _AWAY:
+        raise _AwayError(text)
+    if status < 500:
+        raise RewardError(f"{request.full_url}: {text}")
+    raise _WrongError(text)
+
+
+def _exchanged(request: urllib.request.Request, timeout: float) -> tuple[int, bytes]:
+    """Status and body of the answer, whatever the status."""
+    end = time.monotonic() + timeout
+    try:
+        with _OPENER.open(request, timeout=timeout) as answer:
+            return answer.status, _body(answer, end)
+    except urllib.error.HTTPError as answer:
+        with answer:
+            return answer.code, _body(answer, end)
+
+
+def _body(answer: http.client.HTTPResponse, end: float) -> bytes:
+    """All of it, no piece of which began to be waited for later than that: urllib's own timeout is
+    of every piece that a server sends."""
+    parts = []
+    while part := answer.read1(2**16):
+        parts.append(part)
+        if answer.length != 0 and time.monotonic() > end:
+            raise TimeoutError("timed out within its answer")
+    if answer.length:
+        raise http.client.IncompleteRead(b"".join(parts), answer.length)
+    return b"".join(parts)

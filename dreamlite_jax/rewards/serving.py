@@ -17,13 +17,13 @@ def server(reward: Reward, host: str = "127.0.0.1", port: int = 0) -> ThreadingH
     Requests are read and answered side by side, but scored one after the other: models are not made
     to be called from several threads.
     """
-    one_at_a_time = threading.Lock()
+    one_at_a_time, about = threading.Lock(), protocol.describe(reward)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._answer(200, protocol.describe(reward))
+            self._answer(200, about)
 
         def do_POST(self) -> None:
             try:
