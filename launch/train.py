@@ -74,12 +74,17 @@ def report(run: train_config.Run) -> None:
     devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
     print(
         f"{devices}, mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}, "
-        f"{jax.process_count()} processes; batch {raw.batch_size} = {mesh.size} devices x "
-        f"{raw.batch_size // mesh.size // raw.accumulation} rows x accumulation {raw.accumulation}"
+        f"{jax.process_count()} processes"
     )
+    numbers = raw.batch_size, raw.accumulation, mesh.size
     if run.rl:
-        numbers = raw.batch_size, raw.accumulation, mesh.size
         print(reinforcement.arithmetic(run.rl.rollouts, run.loss, *numbers))
+    else:
+        print(
+            f"batch {raw.batch_size} = {mesh.size} devices x "
+            f"{raw.batch_size // mesh.size // raw.accumulation} rows x "
+            f"accumulation {raw.accumulation}"
+        )
     for name, source, weight in run.recipe.streams:
         print(f"{name}: {len(source)} samples of {source.task}, weight {weight:g}")
 

@@ -163,6 +163,7 @@ def test_the_last_step_is_never_random(process, size, places):
         (grpo.Process(window=10), "window is 10, should be from 0 to the steps less one"),
         (grpo.Process(order="up"), "order is 'up', known are random, sliding"),
         (grpo.Process(within=0.0), "within is 0.0"),
+        (grpo.Process(window=6), "window is 6, should be at most 5: it stays within 0.5 of 10"),
         (grpo.Process(every=0), "every is 0, should be at least 1"),
     ],
 )

@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from dreamlite_jax import pretrained, system
+from dreamlite_jax.errors import UserError
 from dreamlite_jax.models import autoencoder, unet_config
 from dreamlite_jax.objectives import flow_matching
-from dreamlite_jax.train import loop, metrics, optim, stages
+from dreamlite_jax.train import checkpoint, loop, metrics, optim, stages
 from dreamlite_jax.train.state import new_state
 from dreamlite_jax.train.update import Mean, make_update
 
@@ -60,6 +61,34 @@ def test_what_is_shown_changes_nothing(tmp_path):
     assert seen[-1][1] == np.asarray(state.ema["a"]).tolist()
     assert ends[0][1] == ends[1][1]
     jax.tree.map(np.testing.assert_array_equal, ends[0][0], ends[1][0])
+
+
+@pytest.mark.parametrize("steps", [3, 9])
+def test_a_trace_ends_with_the_run(steps, tmp_path):
+    """Which may have fewer steps than a trace; a second can be made then."""
+    for name in ("first", "second"):
+        loop.fit(stage({}), batches_from, schedule(steps=steps, profile_at=2), tmp_path / name)
+        assert len(list((tmp_path / name / "profile").rglob("*.xplane.pb"))) == 1
+
+
+def test_what_one_of_several_processes_cannot_read_is_not_saved_together(tmp_path, monkeypatch):
+    """The others are in a step, and would wait for this one as this one for them."""
+
+    def batches(step):
+        yield from ({"x": jnp.ones((4, 2))} for _ in range(2))
+        raise UserError("shard 3 is damaged")
+
+    with pytest.raises(UserError, match="shard 3 is damaged"):
+        loop.fit(stage({}), batches, schedule(), tmp_path / "alone")
+    assert checkpoint.latest_step(tmp_path / "alone") == 2
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    where = "process 0 of 2: shard 3 is damaged; nothing was saved"
+    with pytest.raises(loop.AloneError, match=where), loop.reading():
+        list(batches(0))
+    saved = []
+    with pytest.raises(loop.AloneError), loop.kept(lambda: saved.append(1), lambda: False):
+        raise loop.AloneError("")
+    assert not saved
 
 
 @pytest.mark.parametrize("every, expected", [(4, [4, 6]), (0, [])])

@@ -36,5 +36,24 @@ def test_2_processes_of_4_devices_then_1(alone, cache, tmp_path):
     training.assert_close(training.result(tmp_path / "run")[2], alone)
 
 
+def test_rollouts_on_2_processes_of_4_devices(cache, tmp_path):
+    """Of the networks themselves, spread: each process asks about its own pictures."""
+    flags = (
+        *(training.SMOOTH, "--config.batch_size=32", "--config.rl.updates=1"),
+        *("--config.sample.every=0", "--config.steps=3"),
+    )
+    one, several = tmp_path / "one", tmp_path / "several"
+    training.run("shapes/rl_nft", one, cache, *flags)
+    said = training.run_together("shapes/rl_nft", several, cache, *flags, processes=2, devices=4)
+    assert "32 pictures = 8 prompts x 4 a group = 8 devices x 4 at a time" in said[0]
+    found, expected = (training.result(run)[2] for run in (several, one))
+    training.assert_close(found, expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in theirs:  # a level of 255 more or less in some pixels
+            if name.startswith(("reward", "spread", "diversity", "dropped")):
+                wanted = pytest.approx(float(theirs[name]), abs=1e-3, nan_ok=True)
+                assert float(ours[name]) == wanted, name
+
+
 def until(lines: list[dict], step: int) -> list[dict]:
     return [line for line in lines if line["step"] <= step]

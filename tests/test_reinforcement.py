@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import training
 
+from configs import rl_grpo
 from dreamlite_jax import system, tiny
 from dreamlite_jax.diffusion import flow
 from dreamlite_jax.models import unet_config
@@ -208,14 +209,17 @@ def step_of(how, updates=1, kl=0.0, kind=STEPS):
     return jax.jit(rollouts.make_step(loss_of(kl, kind), how, updates))
 
 
-def test_the_first_update_has_ratio_1_and_micro_batches_change_nothing(toy):
-    batch = learnt(rolled_out()[0], scores_of())
-    found = {}
+@pytest.mark.parametrize("kind", [STEPS, FORWARD])
+def test_the_first_update_is_the_old_policy_s_and_micro_batches_change_nothing(toy, kind):
+    batch = learnt(rolled_out(loss=kind)[0], scores_of())
+    found, loss = {}, loss_of(0.1, kind)
     for accumulation in (1, 4):
-        how = jax.jit(functools.partial(gradients, loss_of(0.1), accumulation=accumulation))
+        how = jax.jit(functools.partial(gradients, loss, accumulation=accumulation))
         found[accumulation] = how(PARAMS, FROZEN, batch["rows"], KEY)
     metrics = found[1][1]
-    assert metrics["ratio_deviation"] < 1e-5 and metrics["kl"] < 1e-6 and metrics["clipped"] == 0
+    assert metrics["kl"] < 1e-6
+    if kind is STEPS:
+        assert metrics["ratio_deviation"] < 1e-5 and metrics["clipped"] == 0
     for a, b in zip(*(jax.tree.leaves(found[n][0]) for n in (1, 4)), strict=True):
         assert abs(a) > 1e-3
         assert a == pytest.approx(float(b), rel=1e-4)
@@ -252,17 +256,22 @@ def test_a_constant_reward_changes_nothing(toy, kind):
             np.testing.assert_array_equal(a, b)
 
 
-def test_several_updates_of_a_rollout_are_several_updates(toy):
+@pytest.mark.parametrize("kind", [STEPS, FORWARD._replace(strength=0.3)])
+def test_several_updates_of_a_rollout_are_several_updates(toy, kind):
     how = optimisation()
-    batch = learnt(rolled_out()[0], scores_of())
-    state, metrics = step_of(how, updates=3)(new_state(PARAMS, how.tx), FROZEN, batch, KEY)
-    assert int(state.step) == 3 and metrics["ratio_deviation"] < 1e-5
-    update, expected, ratios = jax.jit(make_update(loss_of(), *how)), new_state(PARAMS, how.tx), []
+    batch = learnt(rolled_out(loss=kind)[0], scores_of())
+    step = step_of(how, updates=3, kind=kind)
+    state, metrics = step(new_state(PARAMS, how.tx), FROZEN, batch, KEY)
+    assert int(state.step) == 3
+    loss, expected, seen = loss_of(kind=kind), new_state(PARAMS, how.tx), []
+    update = jax.jit(make_update(loss, *how))
     for k in range(3):
         part = jax.tree.map(lambda x, k=k: x[k::3], batch["rows"])
         expected, found = update(expected, FROZEN, part, KEY)
-        ratios.append(float(found["ratio_deviation"]))
-    assert ratios[2] > 1e-4  # by then the policy is another
+        seen.append(found)
+    if kind is STEPS:
+        assert metrics["ratio_deviation"] < 1e-5 < 1e-4 < seen[2]["ratio_deviation"]
+    assert seen[0]["kl"] < 1e-6 < seen[2]["kl"]  # by then the policy is another
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
@@ -283,16 +292,19 @@ def test_the_ratio_of_a_network_in_bfloat16_on_the_first_update(monkeypatch):
 
     monkeypatch.setattr(stages, "conditioned", conditioned)
     monkeypatch.setattr(system, "decode_latents", lambda config, params, x: jnp.tanh(x[..., :3]))
-    settings = Rollouts(group=4, process=PROCESS)
+    process = grpo.Process(**rl_grpo.rollouts().process)._replace(order="sliding", every=1)
+    settings, loss = Rollouts(group=4, process=process), grpo.Settings(**rl_grpo.loss())
     params = {"unet": tiny.random_params(UNET, network)}
     frozen = {REFERENCE: params["unet"], "vae": {}, "text_encoder": {}}
-    rollout = rollouts.make_rollout(config, settings, grpo.Settings(), 5, MESH)
-    rows, _, _ = rollout(params, frozen, {"task": jnp.zeros(2, jnp.int32)}, KEY, 0)
-    rows |= {"advantage": jnp.linspace(-1, 1, 8), "weight": jnp.ones(8)}
-    loss_fn = rollouts.policy_loss(config, settings, grpo.Settings())
-    grads, metrics = jax.jit(functools.partial(gradients, loss_fn))(params, {}, rows, KEY)
-    assert metrics["ratio_deviation"] <= bound
-    assert sum(float(jnp.abs(g).sum()) for g in jax.tree.leaves(grads)) > 0
+    rollout = rollouts.make_rollout(config, settings, loss, 5, MESH)
+    how = jax.jit(functools.partial(gradients, rollouts.policy_loss(config, settings, loss)))
+    for place in range(process.places):
+        rows, _, _ = rollout(params, frozen, {"task": jnp.zeros(2, jnp.int32)}, KEY, place)
+        rows |= {"advantage": jnp.linspace(-1, 1, 8), "weight": jnp.ones(8)}
+        grads, metrics = how(params, {}, rows, KEY)
+        assert metrics["ratio_deviation"] <= bound
+        assert metrics["clipped"] == 0  # by rounding alone: the config's clip is wider
+        assert sum(float(jnp.abs(g).sum()) for g in jax.tree.leaves(grads)) > 0
 
 
 # --- The loop -------------------------------------------------------------------------------------
@@ -332,8 +344,9 @@ def test_a_metric_that_leaves_its_range_ends_the_run_and_saves(tmp_path):
 def test_a_batch_that_cannot_be_made_saves_what_there_is(asked, tmp_path, monkeypatch):
     failing = [True]
 
-    def batch_fn(state, frozen, batch, key):
-        if failing[0] and int(state.step) == 3:
+    def batch_fn(state, frozen, batch, key, number):
+        assert number == int(state.step)
+        if failing[0] and number == 3:
             if asked:
                 loop.signals._came.append(15)
             raise RewardError("the server is away")
@@ -384,8 +397,17 @@ def test_a_run_whose_rewards_go_away_ends_as_one_that_was_not_disturbed(
     assert commands.run("train", *given, f"--workdir={parts}") == 0
     assert training.result(parts) == training.result(whole)
     first = training.result(whole)[2][0]
-    assert first.get("ratio_deviation", 0) < 1e-5 and first["kl"] < 1e-6
+    # Of the first of two updates, and of both: by the second the policy is another.
+    assert first.get("ratio_deviation", 0) < 1e-5 and first["kl"] > 1e-5
     assert ("ratio_deviation" in first) == (config == "rl_grpo")
+
+    beyond = {"kl": -1.0, "dropped": -1.0, "spread": 1e9, "diversity": 1e9}
+    limits = [f"--config.rl.limits.{name}={limit}" for name, limit in beyond.items()]
+    ended = tmp_path / "ended"
+    assert commands.run("train", *given, *limits, f"--workdir={ended}") == 2
+    said = capsys.readouterr().err
+    assert all(f"{name} is " in said for name in beyond) and "up to step 1, should be" in said
+    assert checkpoint.latest_step(ended) == 1
 
     out = tmp_path / "model"
     assert commands.run("convert.export", f"--workdir={whole}", f"--out={out}") == 0

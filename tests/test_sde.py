@@ -1,6 +1,7 @@
 """Random steps along the flow: marginals, densities, and the ODE where there is no noise."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -86,6 +87,25 @@ def test_cps_keeps_the_marginals_with_few_steps_where_the_prediction_is_exact(le
     sigmas = flow.sigma_list(5, 0.5)
     made = sampled("cps", sigmas, level, 0, 4, keys_of(128), noise_of(128, (8, 8, 1)), spread=0.0)
     assert_marginals(made[1], sigmas, 0.0)
+
+
+def variance_of_10_steps(level, random):
+    """At the end, of data N(MEAN, SPREAD^2): every step is affine, so that it follows exactly."""
+    sigmas, variance, velocity = flow.sigma_list(10, 0.5), 1.0, velocity_of()
+    for k, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
+        (low, std), (high, _) = (
+            sde.gaussian("cps", x, velocity(x, sigma), sigma, after, level if k in random else 0.0)
+            for x in (jnp.zeros(1), jnp.ones(1))
+        )
+        variance = float((high - low)[0]) ** 2 * variance + float(jnp.ravel(std)[0]) ** 2
+    return variance
+
+
+def test_cps_makes_the_spread_smaller_the_more_steps_are_random():
+    still = variance_of_10_steps(0.8, ())
+    assert 0.3 < 1 - variance_of_10_steps(0.8, range(9)) / still < 0.36
+    for start in range(4):
+        assert 0 <= 1 - variance_of_10_steps(0.8, (start, start + 1)) / still < 0.05
 
 
 def test_flow_leaves_noise_over_with_few_steps():

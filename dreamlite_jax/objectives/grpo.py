@@ -96,6 +96,12 @@ class Process(NamedTuple):
             found.append(f"level is {self.level}, should be above 0, and with cps at most 1")
         if not 0 <= self.window < max(self.steps, 2):
             found.append(f"window is {self.window}, should be from 0 to the steps less one")
+        elif 0 < self.within <= 1 and self.window > math.ceil(self.within * self.steps):
+            most = math.ceil(self.within * self.steps)
+            found.append(
+                f"window is {self.window}, should be at most {most}: it stays within "
+                f"{self.within:g} of {self.steps} steps"
+            )
         if self.order not in ORDERS:
             found.append(f"order is {self.order!r}, known are {', '.join(ORDERS)}")
         if not 0 < self.within <= 1:

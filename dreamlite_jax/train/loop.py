@@ -20,6 +20,10 @@ class TrainingError(UserError):
     """A run that cannot go on: one line. What has been saved stays."""
 
 
+class AloneError(UserError):
+    """What only this one of several processes met, while the others are in a step already."""
+
+
 class Predictions(NamedTuple):
     """What an evaluator gives: scalars and pictures (uint8 [H, W, 3] or Pillow's) by name."""
 
@@ -32,13 +36,14 @@ class Stage(NamedTuple):
 
     `init_fn(key) -> (state, frozen)` puts both where they belong on the devices; only the state is
     donated and saved. `step_fn(state, frozen, batch, key) -> (state, metrics)` is compiled.
-    `batch_fn`, where there is one, turns a batch into another first (rollouts of a policy).
+    `batch_fn`, where there is one, turns a batch into another first (rollouts of a policy); its
+    last argument is the batch's number.
     `predict_fns` by name: `(state, frozen, step) -> Predictions`.
     """
 
     init_fn: Callable[[jax.Array], tuple[Any, Any]]
     step_fn: Callable[[Any, Any, Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
-    batch_fn: Callable[[Any, Any, Any, jax.Array], Any] | None = None
+    batch_fn: Callable[[Any, Any, Any, jax.Array, int], Any] | None = None
     predict_fns: Mapping[str, Callable[[Any, Any, int], Predictions]] = {}
 
 
@@ -96,7 +101,7 @@ def fit(
     Raises:
       TrainingError: too many updates in a row were not finite, or a metric left its range. What was
         reached is saved.
-      UserError: of the data or the stage, likewise.
+      UserError: of the data or the stage, likewise; not if it is an AloneError.
       checkpoint.CheckpointError: nothing can be saved or restored.
     """
     seed = jax.random.key(schedule.seed)
@@ -123,15 +128,18 @@ def fit(
         with (
             Writer(workdir, resumed_at=start or None) as writer,
             kept(lambda: save(done, state), asked),
+            traced(schedule, workdir) as trace,
         ):
             batches = batches_from(start) if start < schedule.steps else iter(())
             while done < schedule.steps:
-                _profile(schedule, workdir, done)
-                batch, key = next(batches), jax.random.fold_in(stream, done)
+                trace(done)
+                with reading():
+                    batch = next(batches)
+                key = jax.random.fold_in(stream, done)
                 if stage.batch_fn is not None:
                     jax.block_until_ready(state)  # its own time is no rollout's
                     began = time.monotonic()
-                    batch = stage.batch_fn(state, frozen, batch, key)
+                    batch = stage.batch_fn(state, frozen, batch, key, done)
                     making += time.monotonic() - began
                 state, found = step_fn(state, frozen, batch, key)
                 window.append(found)
@@ -167,12 +175,41 @@ def kept(save: Callable[[], None], asked: Callable[[], bool]) -> Iterator[None]:
     meanwhile, it just ends."""
     try:
         yield
-    except checkpoint.CheckpointError:
+    except (checkpoint.CheckpointError, AloneError):  # no state can be saved
         raise
     except UserError:
         save()
         if not asked():
             raise
+
+
+@contextlib.contextmanager
+def traced(schedule: Schedule, workdir: str | Path) -> Iterator[Callable[[int], None]]:
+    """Gives a function that is told every step before it is made: it traces a few from
+    `profile_at` on, as many of them as there are."""
+    first = schedule.profile_at or None
+    with contextlib.ExitStack() as stack:
+
+        def before(step: int) -> None:
+            if step == first:
+                stack.enter_context(jax.profiler.trace(str(Path(workdir) / "profile")))
+            elif first is not None and step == first + PROFILED:
+                stack.close()
+
+        yield before
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Where each process reads rows of its own: one that cannot does not wait for the others to
+    save, which wait for it in a step."""
+    try:
+        yield
+    except UserError as error:
+        if jax.process_count() == 1:
+            raise
+        where = f"process {jax.process_index()} of {jax.process_count()}"
+        raise AloneError(f"{where}: {error}; nothing was saved for it") from error
 
 
 def compiled(step_fn: Callable, state: Any) -> Callable:
@@ -204,8 +241,10 @@ def _log(
 ) -> dict[str, float]:
     """Writes the means over the steps since the last time, and a line to the console."""
     steps = _fetched(window)
-    found = {name: _mean([one[name] for one in steps]) for name in steps[-1]}
-    found |= {name: steps[-1][name] for name in ("skipped", "streak") if name in found}
+    # Of a restored window, which another version may have begun, what it has.
+    found = {name: _mean([one.get(name, math.nan) for one in steps]) for name in steps[-1]}
+    if "streak" in found:  # the longest, which may have ended before the last step
+        found |= {"skipped": steps[-1]["skipped"], "streak": max(s["streak"] for s in steps)}
     now, peak = time.monotonic(), metrics.peak_flops()
     rates = clock.rates(step, now, schedule.steps, schedule.batch_size, flops_per_step, peak)
     times = rates.metrics()
@@ -259,10 +298,3 @@ def _leaving(asked: Callable[[], bool], step: int) -> bool:
     if jax.process_count() == 1:
         return asked()
     return step % _ASK_EVERY == 0 and signals.on_any_process(asked())
-
-
-def _profile(schedule: Schedule, workdir: str | Path, step: int) -> None:
-    if schedule.profile_at and step == schedule.profile_at:
-        jax.profiler.start_trace(str(Path(workdir) / "profile"))
-    if schedule.profile_at and step == schedule.profile_at + PROFILED:
-        jax.profiler.stop_trace()

@@ -24,7 +24,7 @@ from dreamlite_jax.objectives import grpo, nft
 from dreamlite_jax.rewards import opening
 from dreamlite_jax.rewards.base import Requests, RewardError, self_test
 from dreamlite_jax.rewards.opening import Weighted
-from dreamlite_jax.train import origins, rollouts, sharding, signals, stages
+from dreamlite_jax.train import loop, origins, rollouts, sharding, signals, stages
 from dreamlite_jax.train.loop import Limit, Predictions
 from dreamlite_jax.train.rollouts import Rollouts, Table
 from dreamlite_jax.train.state import Params
@@ -36,12 +36,18 @@ class Limits(NamedTuple):
     # At most: how far the policy may go from where it started, as its objective measures it.
     kl: float = 1.0
     dropped: float = 0.95  # at most: groups whose rewards are all the same
-    diversity: float = 0.0  # at least: the distance of two pictures of a group
+    # At least: the deviation of a group's weighted scores. Scores that are no round numbers are
+    # never all the same, so that no group is dropped where there is nothing to learn any more.
+    spread: float = 0.0
+    # At least: the distance of two pictures of a group, over all tasks. Good edits of one picture
+    # are alike, so that `diversity/edit` has no limit of its own.
+    diversity: float = 0.0
 
     def of_metrics(self) -> tuple[Limit, ...]:
         return (
             Limit("kl", most=self.kl),
             Limit("dropped", most=self.dropped),
+            Limit("spread", least=self.spread),
             Limit("diversity", least=self.diversity),
         )
 
@@ -221,8 +227,15 @@ def ask(
     Raises:
       RewardError: on every process, where one of them gets no scores.
     """
+    return sharding.spread(_scored(rewards, own_pictures(made), asked), mesh, made.shape[0])
+
+
+def _scored(
+    rewards: Sequence[Weighted], made: np.ndarray, asked: Sequence[pipeline.Asked]
+) -> np.ndarray:
+    """Scores, float32 [n, R], of pictures uint8 [n, H, W, 3]; raises as `ask`."""
     requests = Requests(
-        list(own_pictures(made)),
+        list(made),
         [one.caption for one in asked],
         [one.source for one in asked],
         [one.metadata for one in asked],
@@ -234,7 +247,7 @@ def ask(
         failure = error
     if signals.on_any_process(failure is not None):
         raise failure or RewardError("another process got no scores from its rewards")
-    return sharding.spread(scores, mesh, made.shape[0])
+    return scores
 
 
 # --- The stage ------------------------------------------------------------------------------------
@@ -247,17 +260,18 @@ def make_batch_fn(
     rewards: Sequence[Weighted],
     recipe: Recipe,
     mesh: Mesh,
-) -> Callable[[Any, Any, Any, Array], Any]:
-    """A batch of prompts -> a rollout with its advantages, see `rollouts.learnt_from`."""
+) -> Callable[[Any, Any, Any, Array, int], Any]:
+    """A batch of prompts and its number -> a rollout with its advantages, see
+    `rollouts.learnt_from`."""
     rollout = rollouts.make_rollout(config, settings, loss, recipe.context_length, mesh)
     table, tasks = table_of(rewards), tasks_of(recipe)
     learn = jax.jit(functools.partial(rollouts.learnt_from, table, loss, tasks))
     plan, own = pipeline.check(recipe), sharding.own_rows(mesh, recipe.batch_size)
 
-    def batch_fn(state: Any, frozen: Any, batch: Any, key: Array) -> Any:
-        number = int(state.step) // settings.updates
+    def batch_fn(state: Any, frozen: Any, batch: Any, key: Array, number: int) -> Any:
         rows, made, diversity = rollout(state.params, frozen, batch, key, number)
-        asked = pipeline.asked(recipe, plan, own, number)
+        with loop.reading():
+            asked = pipeline.asked(recipe, plan, own, number)
         asked = [one for one in asked for _ in range(settings.group)]
         scores = ask(rewards, made, asked, mesh)
         return learn(rows, scores, batch["task"], diversity)
@@ -274,12 +288,11 @@ def tasks_of(recipe: Recipe | None) -> tuple[str, ...]:
 def scores_shown(
     rewards: Sequence[Weighted], asked: Sequence[pipeline.Asked]
 ) -> Callable[[np.ndarray], list[str]]:
-    """What the rewards say of a sheet's pictures, uint8 [n, H, W, 3], a text for each."""
+    """What the rewards say of a sheet's pictures, uint8 [n, H, W, 3], a text for each; raises as
+    `ask`."""
 
     def shown(made: np.ndarray) -> list[str]:
-        parts = [[one.caption, one.source, one.metadata] for one in asked]
-        requests = Requests(list(made), *map(list, zip(*parts, strict=True)))
-        scores = opening.score_all(rewards, requests, [one.task for one in asked])
+        scores = _scored(rewards, made, asked)
         return [
             ", ".join(
                 f"{weighted.reward.name} {scores[i, k]:.3g}"

@@ -263,6 +263,10 @@ def learnt_from(
         "spread": total.std(1).mean(),
         "dropped": 1 - kept.mean(),
         "diversity": diversity.mean(),
+        **{
+            f"diversity/{one}": jnp.nanmean(jnp.where(task == TASKS.index(one), diversity, jnp.nan))
+            for one in tasks
+        },
     }
     learnt = {"advantage": advantage.reshape(-1), "weight": grpo.row_weights(kept, group)}
     return {"rows": {**rows, **learnt}, "metrics": metrics}
@@ -330,7 +334,7 @@ def make_step(loss_fn: LossFn, optimisation: stages.Optimisation, updates: int) 
         means["loss"] = found["loss"].mean()
         if "ratio_deviation" in found:
             means["ratio_deviation"] = found["ratio_deviation"][0]
-        means |= {name: found[name][-1] for name in ("skipped", "streak")}
+        means |= {"skipped": found["skipped"][-1], "streak": found["streak"].max()}
         return state, {**batch["metrics"], **means}
 
     return step_fn
