@@ -104,7 +104,7 @@ def quick(config: ConfigDict) -> ConfigDict:
         config.rl.group, config.rl.updates, config.rl.parts = 4, 2, 1
         config.accumulation, config.rl.process.steps, config.rl.process.window = 1, 3, 1
         config.rl.rewards = ({"reward": "shapes"}, {"reward": "saturation", "weight": 0.0})
-        config.rl.limits.dropped = 1.0
+        config.rl.limits.dropped, config.rl.limits.spread = 1.0, 0.0
     if config.stage == "grpo":
         config.loss.clip, config.loss.guard = 1e-3, True
     if config.stage == "dmd2":
@@ -122,7 +122,7 @@ def quick(config: ConfigDict) -> ConfigDict:
     )
     # The same for all, so that what was compiled for one serves the next.
     config.optim.lr, config.optim.schedule, config.optim.decay_from = 1e-3, "constant", 0.0
-    config.optim.warmup, config.ema_decay = 1, 0.9
+    config.optim.warmup, config.ema_decay = 0, 0.9
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.checkpoint.every = config.log.every = config.sample.every = 1
     config.sample.rows, config.sample.steps = 2, 2
@@ -134,7 +134,7 @@ def splits(config: ConfigDict) -> dict[str, str]:
     is about, train where it is about another world."""
     named = {}
     for entry in config.data:
-        source = entry["source"]
+        source = entry.get("source", "")
         split = source.split(":")[-1] if source.startswith("shapes:") else "train"
         named.setdefault(entry.get("task", "t2i"), split)
     return named or {"t2i": "train"}

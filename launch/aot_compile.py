@@ -136,6 +136,10 @@ class Step(NamedTuple):
 
 def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
     """The step of a config, shapes of its arguments on the mesh, and the FLOPs of its gradient."""
+    if tuple(raw.train) != ("unet",):
+        raise cli.CommandError(
+            f"train is {tuple(raw.train)}, only the U-Net's step is compiled here"
+        )
     settings = train_config.settings_of(train_config.STAGES[raw.stage], raw.loss, "loss")
     network = unet_config.PRESETS.get(raw.unet or "dreamlite")
     if network is None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,15 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
         writer.write_images(1, "grid", np.zeros((2, 2, 3), np.uint8))
         writer.flush()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    with Writer(tmp_path) as writer, Path("/dev/full").open("ab", buffering=0) as full:
+        writer._lines.close()
+        writer._lines = full
+        where = rf"No space left on device \(checkpoints are intact\): '{tmp_path}/metrics.jsonl'"
+        with pytest.raises(OSError, match=where):
+            writer.write(1, {"loss": 1.0})
 
 
 def test_a_metric_is_a_scalar(tmp_path):

@@ -294,6 +294,10 @@ def test_the_loop_ends_after_too_many_in_a_row(tmp_path):
     assert "4 updates in a row up to step 9" in said and "not finite" in said
     assert "optim.lr" in said and "\n" not in said
 
+    stage, batches = stage_of(tx, update, spoil=range(5, 9))  # and over before the next log
+    with pytest.raises(loop.TrainingError, match="4 updates in a row up to step 10"):
+        loop.fit(stage, batches, schedule._replace(log_every=10), tmp_path / "over")
+
     stage, batches = stage_of(tx, update, spoil=[5, 6, 7, 9, 10, 11])  # never four in a row
     state, done = loop.fit(stage, batches, schedule, tmp_path / "goes on")
     assert done and int(state.skipped) == 6 and int(state.step) == 20

@@ -31,7 +31,8 @@ class Settings(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Each float32 [B] but `moments`, a scalar."""
+    """Each float32 [B] but `moments`, a scalar of all rows together: accumulation takes each part's
+    own, which for this term is not quite the full batch's."""
 
     absolute: Array  # mean |reconstruction - picture|, pictures in [-1, 1]
     square: Array  # mean squared, likewise

@@ -43,11 +43,11 @@ def settings_of(kind: type, values: Mapping[str, Any], where: str) -> Any:
 
 _POSITIVE = (
     *("steps", "batch_size", "accumulation", "image_size", "threads"),
-    *("checkpoint.keep", "sample.rows", "sample.steps"),
+    *("log.every", "checkpoint.keep", "sample.rows", "sample.steps"),
 )
 _NOT_NEGATIVE = (
     *("seed", "workers", "text_length", "patience", "profile_at"),
-    *("log.every", "checkpoint.every", "checkpoint.keep_every", "sample.every"),
+    *("checkpoint.every", "checkpoint.keep_every", "sample.every"),
 )
 _TRAINED = {
     AUTOENCODER: ("vae",),

@@ -163,7 +163,7 @@ class Writer:
             return
         self.workdir.mkdir(parents=True, exist_ok=True)
         _cut(self.workdir / FILE, resumed_at)
-        self._lines = (self.workdir / FILE).open("a", encoding="utf-8")
+        self._lines = (self.workdir / FILE).open("ab", buffering=0)
         self._events = _event_file(self.workdir / "tensorboard")
         # TensorBoard drops what earlier files hold of this step and later ones.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -184,8 +184,7 @@ class Writer:
             return
         values = {k: _number(k, v) for k, v in jax.device_get(dict(metrics)).items()}
         line = {"step": int(step), **values, f"{TIME_PREFIX}unix": round(time.time(), 3)}
-        self._lines.write(json.dumps({k: _json(v) for k, v in line.items()}) + "\n")
-        self._lines.flush()
+        self._append(json.dumps({k: _json(v) for k, v in line.items()}).encode() + b"\n")
         scalars = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
         self._add(step, scalars)
 
@@ -216,11 +215,27 @@ class Writer:
             self._lines.close()
             self._events = self._lines = None
 
+    def _append(self, line: bytes) -> None:
+        with _named(self.workdir / FILE):
+            while line:
+                line = line[self._lines.write(line) :]
+
     def _add(self, step: int, values: list[summary_pb2.Summary.Value]) -> None:
         summary = summary_pb2.Summary(value=values)
-        self._events.add_event(
-            event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary)
-        )
+        with _named(self.workdir / "tensorboard"):
+            self._events.add_event(
+                event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary)
+            )
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Errors of a file that is open already do not name it."""
+    try:
+        yield
+    except OSError as error:
+        said = f"{error.strerror} (checkpoints are intact)"
+        raise OSError(error.errno, said, str(file)) from error
 
 
 def read_metrics(workdir: str | os.PathLike, times: bool = True) -> list[dict[str, Any]]:
