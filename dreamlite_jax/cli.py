@@ -4,6 +4,7 @@ Exit codes: 0 success, 2 wrong use or unusable input (one line on stderr), 130 i
 Anything else is a fault of ours and shows its traceback.
 """
 
+import itertools
 import logging as std_logging
 import os
 import re
@@ -77,16 +78,42 @@ def _unknown_key(message: str) -> str:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        fail(f"{_without_traceback(str(error))} (--help lists the flags)")
-    except (AttributeError, KeyError) as error:
-        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
-            raise
-        fail(f"--config has no key {_unknown_key(str(error))} (configs/base.py lists all keys)")
-    except OSError as error:
-        fail(str(error))
+    rest, problem = _read(argv)
+    if problem:
+        fail("; ".join(_problems(argv, problem)))
     if rest[1:]:
         fail(f"unexpected argument {rest[1]!r}; flags are written --name=value")
     return rest
+
+
+def _problems(argv: list[str], first: str) -> list[str]:
+    """The first problem, and all that is wrong with a config's keys, each taken by itself."""
+    keys, others = [], []
+    for one, after in itertools.zip_longest(argv, argv[1:], fillvalue="-"):
+        if re.match(r"--?(no)?config\.", one):
+            keys.append([one] if "=" in one or after.startswith("-") else [one, after])
+        elif not (keys and one is keys[-1][-1]):  # the value of the key before it
+            others.append(one)
+    if _read(others)[1]:
+        return [first]
+    found = dict.fromkeys(problem for key in keys if (problem := _read([*others, *key])[1]))
+    return list(found) if first in found else [first, *found]
+
+
+def _read(argv: list[str]) -> tuple[list[str], str]:
+    """What is left of the arguments behind the flags, and the first thing that is wrong."""
+    for name in [name for name in flags.FLAGS if "." in name]:  # a config's keys, read before
+        delattr(flags.FLAGS, name)
+    before, sys.argv = sys.argv, argv  # where ml_collections looks for these
+    try:
+        return flags.FLAGS(argv), ""
+    except flags.Error as error:
+        return [], f"{_without_traceback(str(error))} (--help lists the flags)"
+    except (AttributeError, KeyError) as error:
+        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise
+        return [], f"--config has no key {_unknown_key(str(error))} (see configs/base.py)"
+    except OSError as error:
+        return [], str(error)
+    finally:
+        sys.argv = before

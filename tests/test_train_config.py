@@ -78,9 +78,23 @@ def said(capsys, *flags: str) -> str:
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([SFT, "--config.optim.lrr=1"], "--config has no key lrr; did you mean lr? (configs/base"),
-        ([SFT, "--config.quux=1"], "--config has no key quux (configs/base.py"),
+        ([SFT, "--config.optim.lrr=1"], "--config has no key lrr; did you mean lr? (see configs/base"),
+        ([SFT, "--config.quux=1"], "--config has no key quux (see configs/base.py"),
         ([SFT, "--config.optim.lr.quux=1"], "--config has no key optim.lr.quux ("),
+        (
+            [SFT, "--config.quux=1", "--config.steps=3", "--config.seed=abc", "--config.optim.b=2"],
+            "no key quux (see configs/base.py); flag --config.seed=abc: invalid literal",
+        ),
+        ([SFT, "--config.seed=abc", "--config.optim.b=2"], "; --config has no key b"),
+        (
+            [SFT, "--config.steps", "3", "--config.seed", "abc", "--config.b=2", "--config.b=2"],
+            "error: flag --config.seed=abc: invalid literal for int() with base 10: 'abc' (--help "
+            "lists the flags); --config has no key b (see configs/base.py)",
+        ),
+        (
+            ["--config.steps=1", SFT, "--config.quux=1"],
+            "Found --config.steps=1 in argv before a value for --config was specified",
+        ),
         ([SFT, "--config.steps=abc"], "--config.steps=abc: invalid literal for int"),
         ([SFT, "--config.ema_decay=much"], "--config.ema_decay=much: "),
         ([SFT, "--config.model=no", "--config.train=0"], "train is (0,), should name some of unet"),
