@@ -49,7 +49,8 @@ def main() -> None:
         plan.run(one, [*plan.steps(one), *(comparing.steps(one) if COMPARE.value else ())])
     if len(made) > 1 or COMPARE.value:
         tables = comparing.tables(made)
-        write_json(out / comparing.file_name(made[0]), {"tables": tables})
+        file = summary.tables_file(out, made[0].quick, made[0].share)
+        write_json(file, {"tables": tables})
         for line in comparing.said(tables):
             print(line)
     if SHARE.value is None:  # else there is nothing but the tables

@@ -4,10 +4,12 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import browser
 import commands
@@ -260,7 +262,6 @@ def test_a_share_of_pretraining_and_nothing_behind_it(tmp_path):
     made = plan.of(tmp_path, 1, False, "cache", share=0.25)
     whole = {step.name: step.seconds for step in plan.steps(plan.of(tmp_path, 1, False, "cache"))}
     assert made.folder == tmp_path / "pretraining_0.25-1"
-    assert comparing.file_name(made) == "compare_pretraining_0.25.json"  # not the page's
     steps = plan.steps(made)
     trained = [step for step in steps if not step.name.startswith("evaluate")]
     assert [step.name for step in trained] == ["autoencoder", *comparing.PHASES]
@@ -310,6 +311,30 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(results):
     return summary.collect(results, quick=False, seed=0)
+
+
+def test_a_comparison_s_steps_are_no_part_of_a_demo(results, found, tmp_path):
+    folder = tmp_path / "full"
+    shutil.copytree(results, folder)
+    for name in ("cost-sft", "direct1", "evaluate-direct"):
+        write_json(folder / "done" / f"{name}.json", {"seconds": 1e4})
+    assert summary.collect(folder, quick=False, seed=0) == found
+
+
+def test_tables_are_kept_apart():
+    names = {summary.tables_file(Path("x"), *how).name for how in ((False,), (True,), (False, 0.2))}
+    assert names == {"compare.json", "compare_quick.json", "compare_pretraining_0.2.json"}
+
+
+def test_where_bundles_drew_is_said(found):
+    assert "LiteRT's GPU accelerator" in report.where(found)
+    one = {**found, "bundle_int8_on_gpu": False}
+    assert "Bundle, int8: TFLite files on LiteRT's CPU" in report.where(one)
+    assert "GPU accelerator" in report.where(one)
+    assert "bundle_int8 drew on the CPU: no GPU driver here" in "\n".join(summary.said(one))
+    neither = {**one, "bundle_fp16_on_gpu": False}
+    assert "GPU accelerator" not in report.where(neither)
+    assert "drew on" not in "\n".join(summary.said(found))
 
 
 def test_the_numbers_are_flat_and_whole(results, found):

@@ -88,11 +88,6 @@ def getattr_path(config: Any, key: str) -> Any:
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def file_name(made: Plan) -> str:
-    """Of the tables; report.html shows those of whole demos."""
-    return f"compare_pretraining_{made.share:g}.json" if made.share else "compare.json"
-
-
 def tables(made: Sequence[Plan]) -> list[Table]:
     """All seeds' accuracies, and the two ways beside each other where both were gone."""
     found = [summary.collect(one.folder, one.quick, one.seed) for one in made]

@@ -152,8 +152,8 @@ def header(folder: Path, found: Metrics) -> str:
     )
     return (
         f'<h1>{TITLE}</h1><p class="lead">One small network that draws and edits, trained from '
-        "nothing through every stage of the paper, then packed for a phone. A judge that reads "
-        "pictures says what is right.</p>"
+        "nothing by all of the paper's kinds of training, then packed for a phone. A judge that "
+        "reads pictures says what is right.</p>"
         f'{banner}<div class="tiles">{made}</div>{hero(folder)}'
     )
 
@@ -273,8 +273,10 @@ def chart_of(name: str, lines: list[dict[str, Any]]) -> str:
     elif name == "rl_nft":
         key = "reward/shapes/{}/mean"
         given = [curve(key.format(task), task) for task in TASKS]
+        given += [curve(f"val/{key.format(task)}", f"{task} held", list) for task in TASKS]
         what, log = (
-            'reward: <i class="key t2i"></i>text to image<i class="key edit"></i>edits',
+            'reward: <i class="key t2i"></i>text to image<i class="key edit"></i>edits, dashed: '
+            "of held-out prompts",
             False,
         )
     else:
@@ -316,7 +318,7 @@ def edits(folder: Path, found: Metrics) -> str:
     rows = (first + [k for k in range(len(kinds)) if k not in first])[:8]
     return (
         "<h2>Editing</h2><p>A source and an instruction; everything else has to stay as it was. "
-        f"The first held-out edit of each kind.</p>{sheet(given, rows)}"
+        f"The first held-out edit of each kind, and the next ones.</p>{sheet(given, rows)}"
     )
 
 
@@ -397,22 +399,26 @@ def bundles(folder: Path, found: Metrics) -> str:
             rows = range(min(6, smallest(given)))
             shown.append(f"<h3>{NAMES[task]}</h3>{sheet(given, rows, 'narrow')}")
     return (
-        f"<h2>The bundle</h2><p>{where(folder)} Captions are encoded by the bundle's own text "
+        f"<h2>The bundle</h2><p>{where(found)} Captions are encoded by the bundle's own text "
         "tower; edits are given the embeddings that JAX computed, because the bundle holds no "
         f'vision tower.</p><div class="two">{"".join(parts)}</div>{"".join(shown)}'
     )
 
 
-def where(folder: Path) -> str:
+def where(found: Metrics) -> str:
     """On what the bundles drew."""
-    manifests = [folder / name / "manifest.json" for name in summary.BUNDLES]
-    made = [read_json(file)["components"] for file in manifests if file.is_file()]
-    if all(part["gpu"] for parts in made for entries in parts.values() for part in entries):
-        return (
-            "TFLite files on LiteRT's GPU accelerator, in half precision, on this machine's Vulkan "
-            "driver. Without a GPU that is a software driver: its times say nothing of a phone's."
-        )
-    return "TFLite files on LiteRT's CPU, because here is no driver on which all of them run."
+    names = [name for name in summary.BUNDLES if f"{name}_on_gpu" in found]
+    elsewhere = [VARIANTS[name] for name in names if not found[f"{name}_on_gpu"]]
+    on_gpu = (
+        "TFLite files on LiteRT's GPU accelerator, in half precision, on this machine's Vulkan "
+        "driver. Without a GPU that is a software driver: its times say nothing of a phone's."
+    )
+    on_cpu = (
+        f"{' and '.join(elsewhere)}: TFLite files on LiteRT's CPU, because there is no driver here "
+        "on which all of them run."
+    )
+    said = [on_gpu] * (len(elsewhere) < len(names)) + [on_cpu] * bool(elsewhere)
+    return " ".join(said)
 
 
 def bundle(folder: Path, name: str, found: Metrics) -> str:
@@ -448,7 +454,7 @@ def bundle(folder: Path, name: str, found: Metrics) -> str:
 
 def comparison(folder: Path, found: Metrics) -> str:
     """The table of several seeds and of the order of stages, where one was made."""
-    file = folder.parent / "compare.json"
+    file = summary.tables_file(folder.parent, found["quick"])
     if not file.is_file():
         return ""
     made = read_json(file)
@@ -470,5 +476,5 @@ def reproduce(folder: Path, found: Metrics) -> str:
         command += " --quick" if found["quick"] else ""
     return (
         f"<h2>Again</h2><pre><code>{command}</code></pre><p>Interrupted, the same command goes on. "
-        "Every number of this page stands in <code>metrics.json</code>.</p>"
+        "Accuracies, differences and times stand in <code>metrics.json</code>.</p>"
     )

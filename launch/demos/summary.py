@@ -36,6 +36,8 @@ CHANGES = (
     ("bundle_fp16_minus_source", "bundle_fp16", "distilled"),
     ("bundle_int8_minus_source", "bundle_int8", "distilled"),
 )
+# Beginnings of the steps that a comparison adds: no part of a demo.
+COMPARED = ("cost-", "direct", "evaluate-direct")
 BEST_DB = 99.0  # what identical pictures count as
 
 
@@ -54,7 +56,11 @@ def collect(folder: Path, quick: bool, seed: int) -> dict[str, Any]:
     Accuracies are of held-out prompts, with `_low` and `_high` of their 95 % interval; `_iid` are
     those of combinations that training showed. Differences are over the same prompts.
     """
-    seconds = {m.stem: read_json(m)["seconds"] for m in sorted((folder / "done").glob("*.json"))}
+    seconds = {
+        m.stem: read_json(m)["seconds"]
+        for m in sorted((folder / "done").glob("*.json"))
+        if not m.stem.startswith(COMPARED)
+    }
     found: dict[str, Any] = {"minutes": sum(seconds.values()) / 60, "quick": quick, "seed": seed}
     found |= {f"minutes_{name}": taken / 60 for name, taken in seconds.items()}
     for task in TASKS:
@@ -69,6 +75,12 @@ def collect(folder: Path, quick: bool, seed: int) -> dict[str, Any]:
         found |= bundle_facts(folder, bundle)
     known = [aim.met for aim in aims(found) if aim.met is not None]
     return found | {"aims_met": sum(known), "aims": len(known)}
+
+
+def tables_file(out: Path, quick: bool, share: float = 0.0) -> Path:
+    """Of several demos side by side; a page shows that of demos like its own."""
+    kind = "_quick" if quick else f"_pretraining_{share:g}" if share else ""
+    return out / f"compare{kind}.json"
 
 
 def cell(folder: Path, variant: str, task: str, split: str, ending: str) -> dict[str, float]:
@@ -118,11 +130,14 @@ def likeness(folder: Path, task: str, bundle: str) -> dict[str, float]:
 
 
 def bundle_facts(folder: Path, bundle: str) -> dict[str, Any]:
-    """A bundle's size, and how long a picture takes where it was drawn."""
+    """A bundle's size, whether all of it runs on the GPU accelerator, and how long a picture takes
+    where it was drawn."""
     found = {}
     if (folder / bundle / "manifest.json").is_file():
-        files = read_json(folder / bundle / "manifest.json")["files"].values()
-        found[f"{bundle}_megabytes"] = sum(file["bytes"] for file in files) / 1e6
+        made = read_json(folder / bundle / "manifest.json")
+        found[f"{bundle}_megabytes"] = sum(file["bytes"] for file in made["files"].values()) / 1e6
+        parts = [part for entries in made["components"].values() for part in entries]
+        found[f"{bundle}_on_gpu"] = all(part["gpu"] for part in parts)
     for task in TASKS:
         file = folder / "drawn" / bundle.removeprefix("bundle_") / f"{task}_held_out.npz"
         if file.is_file():
@@ -214,4 +229,7 @@ def said(found: Mapping[str, Any]) -> Iterator[str]:
         yield "these few steps show that all works, and nothing of how well"
     else:
         yield f"{found['aims_met']} of {found['aims']} aims met"
+    if elsewhere := [name for name in BUNDLES if not found.get(f"{name}_on_gpu", True)]:
+        names, why = ", ".join(elsewhere), "driver.json, gpu_report.json"
+        yield f"{names} drew on the CPU: no GPU driver here runs all of it ({why})"
     yield f"{found['minutes']:.1f} minutes in all"
