@@ -99,6 +99,10 @@ def test_the_updates_of_distillation_one_by_one(distilled, tmp_path, capfd):
         (["--config.batch_size=6"], "batch_size 6 is no multiple of 16 devices x accumulation 1"),
         (["--config.stage=autoencoder"], "the stage 'autoencoder' is not compiled here"),
         (
+            ["--config.train=('text_encoder',)", "--config.batch_size=16"],
+            "only the U-Net's step is compiled here",
+        ),
+        (
             ["--topology=v5e:2x2", "--config.unet=huge"],
             "unet is 'huge', known are dreamlite, tiny, nano",
         ),

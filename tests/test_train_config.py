@@ -78,7 +78,7 @@ def said(capsys, *flags: str) -> str:
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([SFT, "--config.optim.lrr=1"], "--config has no key lrr; did you mean lr? (see configs/base"),
+        ([SFT, "--config.optim.lrr=1"], "--config has no key lrr; did you mean lr? (see configs"),
         ([SFT, "--config.quux=1"], "--config has no key quux (see configs/base.py"),
         ([SFT, "--config.optim.lr.quux=1"], "--config has no key optim.lr.quux ("),
         (
