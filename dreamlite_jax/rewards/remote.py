@@ -63,11 +63,10 @@ def open_remote(
         raise RewardError(
             f"{url}: {error}; start the server first: python -m launch.serve_reward"
         ) from error
-    if not about["examples"]:  # then it has to know a good picture of shapes from noise
-        about["examples"] = [
-            e for e in examples() if (T2I if e.source is None else EDIT) in about["tasks"]
-        ]
-    shown = about.pop("examples")
+    # Where it has none it has to know a good picture of shapes from noise.
+    shown = about.pop("examples") or [
+        e for e in examples() if (T2I if e.source is None else EDIT) in about["tasks"]
+    ]
     reward = Reward(**about, score=None, examples=lambda: shown)
 
     def score(images, prompts, sources, metadata) -> np.ndarray:

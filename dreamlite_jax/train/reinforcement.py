@@ -24,8 +24,8 @@ from dreamlite_jax.objectives import grpo, nft
 from dreamlite_jax.rewards import opening
 from dreamlite_jax.rewards.base import Requests, RewardError, self_test
 from dreamlite_jax.rewards.opening import Weighted
-from dreamlite_jax.train import loop, origins, rollouts, sharding, signals, stages
-from dreamlite_jax.train.loop import Limit, Predictions
+from dreamlite_jax.train import origins, rollouts, sharding, signals, stages
+from dreamlite_jax.train.loop import Limit, Predictions, reading
 from dreamlite_jax.train.rollouts import Rollouts, Table
 from dreamlite_jax.train.state import Params
 
@@ -270,7 +270,7 @@ def make_batch_fn(
 
     def batch_fn(state: Any, frozen: Any, batch: Any, key: Array, number: int) -> Any:
         rows, made, diversity = rollout(state.params, frozen, batch, key, number)
-        with loop.reading():
+        with reading():
             asked = pipeline.asked(recipe, plan, own, number)
         asked = [one for one in asked for _ in range(settings.group)]
         scores = ask(rewards, made, asked, mesh)

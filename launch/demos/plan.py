@@ -324,6 +324,4 @@ def has_driver(plan: Plan) -> bool:
 
 def accelerator(bundle: Path) -> str:
     """The GPU where every part of the bundle was seen to run there, else the CPU."""
-    components = read_json(bundle / "manifest.json")["components"]
-    parts = [part for entries in components.values() for part in entries]
-    return "gpu" if all(part["gpu"] for part in parts) else "cpu"
+    return "gpu" if summary.on_gpu(read_json(bundle / "manifest.json")) else "cpu"

@@ -136,14 +136,19 @@ def bundle_facts(folder: Path, bundle: str) -> dict[str, Any]:
     if (folder / bundle / "manifest.json").is_file():
         made = read_json(folder / bundle / "manifest.json")
         found[f"{bundle}_megabytes"] = sum(file["bytes"] for file in made["files"].values()) / 1e6
-        parts = [part for entries in made["components"].values() for part in entries]
-        found[f"{bundle}_on_gpu"] = all(part["gpu"] for part in parts)
+        found[f"{bundle}_on_gpu"] = on_gpu(made)
     for task in TASKS:
         file = folder / "drawn" / bundle.removeprefix("bundle_") / f"{task}_held_out.npz"
         if file.is_file():
             with np.load(file) as drawn:
                 found[f"{task}_seconds_{bundle}"] = float(np.median(drawn["seconds"]))
     return found
+
+
+def on_gpu(manifest: Mapping[str, Any]) -> bool:
+    """Whether every part of a bundle was seen to run on the GPU accelerator."""
+    parts = (part for entries in manifest["components"].values() for part in entries)
+    return all(part["gpu"] for part in parts)
 
 
 # --- Aims -----------------------------------------------------------------------------------------
