@@ -6,7 +6,9 @@
 
 It is the very step of `launch.train`, with stored latents and embeddings as its batch; neither
 data nor weights are needed. Distillation's is two updates, of which --update compiles one alone:
-both at once take more memory of the machine that compiles. Needs libtpu (pip install
+both at once take more memory of the machine that compiles. Reinforcement learning's makes the
+updates from a rollout, which is a program of its own: --update=rollout (here without the encoders,
+which run in it, too). Needs libtpu (pip install
 'dreamlite_jax[tpu]') and, for the released network at 1024 px, some ten minutes. Exit code 3: it
 does not fit the chip's memory.
 """
@@ -29,23 +31,45 @@ from ml_collections import ConfigDict, config_flags
 
 from dreamlite_jax import cli, pretrained, system
 from dreamlite_jax.data import pipeline
-from dreamlite_jax.data.mixture import EDIT
+from dreamlite_jax.data.mixture import EDIT, TASKS
 from dreamlite_jax.data.prompts import DropCounts
 from dreamlite_jax.models import autoencoder, unet_config
 from dreamlite_jax.models.primitives import PLAIN
-from dreamlite_jax.objectives import dmd2
-from dreamlite_jax.train import checks, costs, distillation, loop, optim, sharding, stages
+from dreamlite_jax.objectives import dmd2, grpo, nft
+from dreamlite_jax.train import (
+    checks,
+    costs,
+    distillation,
+    loop,
+    optim,
+    reinforcement,
+    rollouts,
+    sharding,
+    stages,
+)
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train.metrics import PEAK_FLOPS
 from dreamlite_jax.train.state import new_state
 from dreamlite_jax.train.update import StepFn, make_update
 
 DOES_NOT_FIT = 3
-STAGES = (checks.DIFFUSION, checks.DMD2)
+BOTH, ROLLOUT = "both", "rollout"
+# By stage, which updates there are to choose from.
+STAGES = {
+    checks.DIFFUSION: (BOTH,),
+    checks.DMD2: (BOTH, distillation.STUDENT, distillation.FAKE),
+    checks.GRPO: (BOTH, ROLLOUT),
+    checks.NFT: (BOTH, ROLLOUT),
+}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "kind and shape of the slice")
-UPDATE = flags.DEFINE_enum("update", "both", ["both", "student", "fake"], "of distillation: which")
+UPDATE = flags.DEFINE_enum(
+    "update",
+    BOTH,
+    [BOTH, distillation.STUDENT, distillation.FAKE, ROLLOUT],
+    "of distillation: which; of reinforcement learning: the rollout instead",
+)
 HBM = flags.DEFINE_float("hbm_gib", None, "memory of a device, GiB; default: the chip's")
 JSON = flags.DEFINE_string("json", None, "file for the figures")
 HLO = flags.DEFINE_string("hlo", None, "file for the compiled program's text")
@@ -59,8 +83,11 @@ def main() -> None:
         raise cli.CommandError(
             f"the stage {raw.stage!r} is not compiled here, only {' and '.join(STAGES)}"
         )
-    if UPDATE.value != "both" and raw.stage != checks.DMD2:
-        raise cli.CommandError(f"--update is of the stage {checks.DMD2!r}, not of {raw.stage!r}")
+    if UPDATE.value not in STAGES[raw.stage]:
+        raise cli.CommandError(
+            f"--update={UPDATE.value} is of another stage; the stage {raw.stage!r} has "
+            f"{', '.join(STAGES[raw.stage])}"
+        )
     devices = topology(TOPOLOGY.value)
     kind = devices[0].device_kind
     mesh = sharding.make_mesh(raw.mesh.data, raw.mesh.fsdp, devices)
@@ -154,7 +181,13 @@ def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
         pane=raw.pane,
         ops=sharding.pinned(mesh),
     )
-    batch = abstract_batch(raw, config)
+    rl = None
+    if raw.stage in checks.REWARDED:
+        rl = reinforcement.settings_of(raw.rl, train_config.settings_of)
+        numbers = raw.batch_size, raw.accumulation, mesh.size
+        if wrong := reinforcement.problems(rl, settings, *numbers, tasks_of(raw)):
+            raise cli.CommandError("; ".join(wrong))
+    batch = abstract_batch(raw, config, rl)
     context_length = batch["context"].shape[1]
     optimisation = train_config.optimisation_of(raw)
     trained = {"unet": pretrained.param_shapes(pretrained.UNET, network)}
@@ -162,6 +195,9 @@ def abstract_step(raw: ConfigDict, mesh: Mesh) -> tuple[Any, tuple, float]:
     state = jax.eval_shape(start, trained)
     if raw.stage == checks.DMD2:
         step = distilled_step(raw, config, settings, optimisation, trained, state, batch)
+    elif rl:
+        networks = config, rl.rollouts, settings, mesh
+        step = reinforced_step(*networks, optimisation, trained, state, batch)
     else:
         loss_fn = stages.diffusion_loss(config, context_length, settings)
         plain_loss = stages.diffusion_loss(plain(config), context_length, settings)
@@ -239,13 +275,91 @@ def distilled_step(
     return Step(step_fn, states, {distillation.TEACHER: trained["unet"]}, batch, sum(flops))
 
 
-def abstract_batch(raw: ConfigDict, config: system.Config) -> dict[str, jax.ShapeDtypeStruct]:
+def reinforced_step(
+    config: system.Config,
+    settings: rollouts.Rollouts,
+    loss: grpo.Settings | nft.Settings,
+    mesh: Mesh,
+    optimisation: stages.Optimisation,
+    trained: Any,
+    state: Any,
+    batch: Any,
+) -> Step:
+    """The updates from a rollout, or what the devices do of the rollout: pictures are drawn,
+    decoded and made ready to be learnt from; their rewards are asked elsewhere. The rollout's
+    arithmetic is that of the networks' velocities and of decoding. Not in the updates' memory: the
+    frozen networks, of which they make no use but which stay.
+
+    Args:
+      batch: of prompts.
+    """
+    frozen = {
+        "vae": pretrained.param_shapes(pretrained.AUTOENCODER, config.vae),
+        rollouts.REFERENCE: trained["unet"],
+    }
+    length = batch["context"].shape[1]
+    rollout = rollouts.make_rollout(config, settings, loss, length, mesh)
+    key, number = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
+    rows, pictures, _ = jax.eval_shape(rollout, trained, frozen, batch, key, number)
+    if UPDATE.value == ROLLOUT:
+
+        def drawn(state: Any, frozen: Any, batch: Any, key: Any) -> Any:
+            return state, rollout(state.params, frozen, batch, key, 0)
+
+        flops = rollout_flops(plain(config), settings, rows, trained, frozen)
+        return Step(drawn, state, frozen, batch, flops)
+    scalars = jax.ShapeDtypeStruct(pictures.shape[:1], jnp.float32)
+    rows |= {"advantage": scalars, "weight": scalars}
+    policy_loss = rollouts.policy_loss(config, settings, loss)
+    as_written = rollouts.policy_loss(plain(config), settings, loss)
+    flops = costs.gradient_flops(as_written, trained, {}, one_row(rows))
+    step_fn = rollouts.make_step(policy_loss, optimisation, settings.updates)
+    return Step(step_fn, state, frozen, {"rows": rows, "metrics": {}}, flops)
+
+
+def rollout_flops(
+    config: system.Config, settings: rollouts.Rollouts, rows: Any, trained: Any, frozen: Any
+) -> float:
+    """Of a row: a velocity for each of the sampler's steps; at each random step the reference's,
+    at each noise that is learnt from the policy's and the reference's; decoding."""
+    row = one_row(rows)
+    seen = 1 if "logp" in row else 2
+    velocities = settings.process.steps + seen * row["sigma"].shape[1]
+
+    def velocity(params: Any, given: Any) -> Any:
+        latents = given["source"]
+        velocity_fn = rollouts.policy(config, params["unet"], given, settings.guidance)
+        return velocity_fn(latents, jnp.float32(0.5))
+
+    def decoded(params: Any, latents: Any) -> Any:
+        return system.decode_latents(config, params["vae"], latents)
+
+    given = row["given"]
+    return velocities * costs.flops_of(velocity, trained, given) + costs.flops_of(
+        decoded, frozen, given["source"]
+    )
+
+
+def tasks_of(raw: ConfigDict) -> tuple[str, ...]:
+    """The tasks of a config's data, which is not opened here, each once."""
+    for k, entry in enumerate(raw.data):
+        if entry.get("task") not in TASKS:
+            raise cli.CommandError(f"data[{k}] names no task, which is {' or '.join(TASKS)}")
+    return tuple(dict.fromkeys(entry["task"] for entry in raw.data))
+
+
+def abstract_batch(
+    raw: ConfigDict, config: system.Config, rl: reinforcement.Settings | None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch of stored latents and embeddings, in the square bucket."""
-    edits = any(entry.get("task") == EDIT for entry in raw.data)
+    edits = EDIT in tasks_of(raw)
     if problems := checks.without_pane(raw, edits):
         raise cli.CommandError("; ".join(problems))
     b, side = raw.batch_size, raw.image_size // config.vae.factor
-    tokens = (raw.text_length or pipeline.default_text_length(edits)) - min(DropCounts())
+    if rl:
+        b //= rl.rollouts.group  # prompts
+    drops = (getattr(DropCounts(), pipeline.MODES[task]) for task in tasks_of(raw))
+    tokens = (raw.text_length or pipeline.default_text_length(edits)) - min(drops)
     latents = (b, side, side, config.vae.latent_channels)
     shapes = {
         "task": ((b,), jnp.int32),
@@ -258,7 +372,7 @@ def abstract_batch(raw: ConfigDict, config: system.Config) -> dict[str, jax.Shap
     }
     if edits:
         shapes["source_latents"] = (latents, jnp.float32)
-    if raw.stage == checks.DMD2:
+    if raw.stage == checks.DMD2 or (rl and rl.rollouts.guidance != 1):
         texts = {name: shapes[name] for name in ("context", "context_mask")}
         shapes |= {f"null_{name}": shape for name, shape in texts.items()}
     return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
@@ -311,12 +425,14 @@ def report(
     )
     peak = PEAK_FLOPS[kind]
     seconds = {"roofline": found.roofline_seconds(kind), "cycles": found.cycle_seconds(kind)}
+    known = ["cycles"] if found.looped else list(seconds)
     shares = {
-        f"{name}_{what}_share": flops / time / peak
-        for name, time in seconds.items()
-        for what, flops in (("model", figures["model_flops"]), ("hardware", found.flops))
+        f"{name}_model_share": figures["model_flops"] / seconds[name] / peak for name in known
     }
+    if not found.looped:
+        shares |= {f"{name}_hardware_share": found.flops / seconds[name] / peak for name in known}
     gib, tera = costs.GIB, 1e12
+    least, once = ("at least ", ", of every loop one turn") if found.looped else ("", "")
     lines = {
         "parameters": f"{params:,} trained",
         "devices": f"{mesh.size} x {kind}, data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}, "
@@ -324,11 +440,10 @@ def report(
         "memory": f"{found.memory / gib:.2f} GiB of {hbm(kind) / gib:.0f}: arguments "
         f"{found.arguments / gib:.2f} (state {held / gib:.2f}), temporary "
         f"{found.temporary / gib:.2f}, outputs {found.outputs / gib:.2f}",
-        "arithmetic": f"{found.flops / tera:.2f} TFLOP, of which the model's "
+        "arithmetic": f"{least}{found.flops / tera:.2f} TFLOP{once}; the model's "
         f"{figures['model_flops'] / tera:.2f}",
-        "traffic": f"{found.bytes / gib:.1f} GiB",
-        "roofline": _time(seconds["roofline"], shares, "roofline"),
-        "cycles": _time(seconds["cycles"], shares, "cycles"),
+        "traffic": f"{least}{found.bytes / gib:.1f} GiB{once}",
+        **{name: _time(seconds[name], shares, name) for name in seconds},
         "matmul": f"the cycles of a large one imply {100 * matmul_share(mesh, kind):.0f} % of peak",
         "compiled in": f"{figures['compile_seconds']:.0f} s",
     }
@@ -340,10 +455,12 @@ def report(
 
 
 def _time(seconds: float, shares: dict[str, float], name: str) -> str:
-    return (
-        f"{1e3 * seconds:.1f} ms, {100 * shares[f'{name}_model_share']:.0f} % of peak for the "
-        f"model's arithmetic, {100 * shares[f'{name}_hardware_share']:.0f} % for all"
-    )
+    said = f"{1e3 * seconds:.1f} ms"
+    if model := shares.get(f"{name}_model_share"):
+        said += f", {100 * model:.0f} % of peak for the model's arithmetic"
+    if all_ := shares.get(f"{name}_hardware_share"):
+        said += f", {100 * all_:.0f} % for all"
+    return said
 
 
 def matmul_share(mesh: Mesh, kind: str, side: int = 16384) -> float:

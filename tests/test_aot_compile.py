@@ -1,11 +1,18 @@
 """`launch.aot_compile`: a small step compiled for a TPU slice that is not there."""
 
+import importlib.util
 import json
 import re
 import textwrap
 
 import commands
+import foreign
+import jax
 import pytest
+
+from dreamlite_jax.data import pipeline
+from dreamlite_jax.train import config as train_config
+from dreamlite_jax.train import loop, sharding
 
 pytestmark = pytest.mark.e2e
 
@@ -36,6 +43,14 @@ def config(tmp_path_factory):
     return f"--config={file}"
 
 
+def opened(config):
+    """The config of a flag, unlocked."""
+    spec = importlib.util.spec_from_file_location("small", config.removeprefix("--config="))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config().unlock()
+
+
 def compile_for(config, *flags):
     return commands.run("aot_compile", config, *flags)
 
@@ -59,6 +74,49 @@ def test_a_step_for_four_chips(config, tmp_path, capfd):
     assert compile_for(*given, "--hbm_gib=0.001") == 3
     error = capfd.readouterr().err.splitlines()[-1]
     assert re.match(r"error: does not fit: 0\.\d GiB a device of 0.0; lower batch_size", error)
+
+
+def test_in_micro_batches(config, tmp_path, capfd):
+    """What a loop repeats the compiler counts once: no share of the peak is made of that."""
+    file = tmp_path / "a.json"
+    flags = "--topology=v5e:2x2", "--config.accumulation=2", f"--json={file}"
+    assert compile_for(config, *flags) == 0
+    said = capfd.readouterr().out
+    assert re.search(
+        r"arithmetic +at least 0\.\d\d TFLOP, of every loop one turn; the model's", said
+    )
+    figures = json.loads(file.read_text())
+    assert figures["looped"] and "roofline_model_share" not in figures
+    assert figures["flops"] == pytest.approx(figures["model_flops"] / 2, rel=0.15)
+    assert 0 < figures["cycles_model_share"] < 1
+
+
+def test_it_is_the_step_of_a_run(config, cache, tmp_path):
+    """On stored latents and embeddings, up to the encoders' parameters, which it does not use."""
+    photos, prepared = tmp_path / "photos", tmp_path / "set"
+    foreign.write_folder(photos, foreign.triplets())
+    assert commands.run("prepare_data", f"--source={photos}", f"--out={prepared}") == 0
+    model, size = cache / "model", ("--image_size=64", "--max_ratio=1", "--least=1")
+    given = f"--data={prepared}", f"--model={model}", "--batch_size=2", *size
+    assert commands.run("precompute", *given) == 0
+    raw = opened(config)
+    raw.model, raw.init_from, raw.max_ratio = str(model), "", 1.0
+    raw.data = ({"source": str(prepared), "task": "edit"},)
+    raw.unet, raw.overrides = "tiny", {}
+    raw.accumulation, raw.remat = 2, "full"
+    run = train_config.opened(raw, tmp_path / "run")
+    assert run.recipe.precomputed
+    stage = train_config.make_stage(run)
+    state, frozen = stage.init_fn(jax.random.key(0))
+    batch = pipeline.batch(run.recipe, pipeline.check(run.recipe), range(raw.batch_size), 0)
+    batch = sharding.spread(batch, run.mesh, raw.batch_size)
+    with commands.only_flags_of("launch.aot_compile") as module:
+        step_fn, arguments, _ = module.abstract_step(raw, run.mesh)
+    used = {name: batch[name] for name in arguments[2]}  # not: which samples they are
+    assert loop.abstract(used) == arguments[2]
+    trained = jax.jit(stage.step_fn).lower(state, frozen, batch, jax.random.key(1))
+    compiled = jax.jit(step_fn).lower(*arguments)
+    assert compiled.as_text() == trained.as_text()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +145,7 @@ def test_the_updates_of_distillation_one_by_one(distilled, tmp_path, capfd):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--update=fake"], "--update is of the stage 'dmd2', not of 'diffusion'"),
+        (["--update=fake"], "--update=fake is of another stage; the stage 'diffusion' has both"),
         (
             ["--topology=v5e:3x"],
             "--topology v5e:3x: .*; expected a kind and a shape such as v5e:4x4",
@@ -107,6 +165,10 @@ def test_the_updates_of_distillation_one_by_one(distilled, tmp_path, capfd):
             "unet is 'huge', known are dreamlite, tiny, nano",
         ),
         (["--topology=v5e:2x2", "--config.pane=False"], "pane is False, but there are edits"),
+        (
+            ["--topology=v5e:2x2", "--config.data=({'source': 'data/edit'},)"],
+            "data\\[0\\] names no task, which is t2i or edit",
+        ),
         (["--config.mesh.data=3"], "mesh.data=3 x mesh.fsdp=-1 does not fit 16 devices"),
     ],
 )

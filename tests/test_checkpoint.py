@@ -375,17 +375,6 @@ def test_killed_while_saving(tmp_path, caplog):
     assert not [name for name in names(tmp_path) if not name.isdigit()]
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("may not mount a small disk")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def big_state():
     return {f"w{i}": jax.random.normal(jax.random.key(i), (100_000,)) for i in range(8)}
 

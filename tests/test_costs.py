@@ -24,6 +24,18 @@ HloModule jit_step, is_scheduled=true
   %fusion.2 = s32[] fusion(%p), kind=kLoop, backend_config={"estimated_cycles":"1"}
 }
 
+%c (p: (s32[], bf16[8,128])) -> pred[] {
+  %n = s32[]{:T(128)} constant(5), backend_config={"a":{"b":"c"}}
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%c2 (p: (s32[])) -> pred[] {
+  %m = s32[]{:T(128)} get-tuple-element(%p), index=1
+  %j = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt.2 = pred[]{:T(512)} compare(%j, %m), direction=LT
+}
+
 %unused (p: s32[]) -> s32[] {
   %fusion.3 = s32[] fusion(%p), kind=kLoop, backend_config={"estimated_cycles":"1000"}
 }
@@ -43,7 +55,7 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
   %f.1 = f32[2] fusion(%c), kind=kCustom, calls=%all-reduce-scatter.1
   %f.2 = bf16[8,16] fusion(%c), kind=kCustom, calls=%spread
   %f.3 = bf16[8,16] fusion(%c), kind=kCustom, calls=%spread
-  %w = (s32[]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %w = (s32[]) while(%t), condition=%c, body=%body, metadata={op_name="jit(step)/while"}
 }
 """
 
@@ -70,6 +82,7 @@ def test_the_text_of_a_program():
         "all-reduce": (5, 5 * 4 * 4 * 4),
     }
     assert found.memory == 100 + 20 + 10
+    assert found.looped
     kind = "TPU v5 lite"
     assert found.roofline_seconds(kind) == max(3e12 / 197e12, 4e9 / 819e9)
     assert found.kernels == [(5, 197e6, 8)]

@@ -1,7 +1,11 @@
 """One run on other numbers of devices and processes, one after the other: the same losses."""
 
+import signal
+
 import pytest
 import training
+
+from dreamlite_jax.train import checkpoint, signals
 
 pytestmark = pytest.mark.e2e
 
@@ -10,30 +14,58 @@ STAGE = "shapes/autoencoder"  # the quickest to compile; what is tested here is 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, cache):
-    """The metrics of four steps on one device."""
+    """Four steps on one device."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     training.run(STAGE, workdir, cache, training.SMOOTH, "--config.steps=4")
-    return training.result(workdir)[2]
+    return workdir
 
 
 def test_8_devices_then_4(alone, cache, tmp_path):
     given = STAGE, tmp_path / "run", cache, training.SMOOTH
     said = training.run(*given, devices=8)
     assert "mesh data 1 x fsdp 8" in said
-    training.assert_close(training.result(tmp_path / "run")[2], until(alone, 2))
+    expected = training.result(alone)[2]
+    training.assert_close(training.result(tmp_path / "run")[2], until(expected, 2))
     said = training.run(*given, "--config.steps=4", devices=4)
     assert "going on from step 2" in said
-    training.assert_close(training.result(tmp_path / "run")[2], alone)
+    training.assert_close(training.result(tmp_path / "run")[2], expected)
+    training.assert_parameters_close(tmp_path / "run", alone)
 
 
-def test_2_processes_of_4_devices_then_1(alone, cache, tmp_path):
-    given = STAGE, tmp_path / "run", cache, training.SMOOTH
-    mesh = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
-    said = training.run_together(*given, *mesh, processes=2, devices=4)
+def test_2_processes_of_4_devices_then_1(cache, tmp_path):
+    """One of the two is asked to leave: both save the same step, and a third goes on from there."""
+    run, expected = tmp_path / "run", tmp_path / "alone"
+    given = cache, training.SMOOTH, "--config.checkpoint.every=0"
+    flags = "--config.steps=100000", "--config.mesh.data=4", "--config.mesh.fsdp=2"
+    with training.together(STAGE, run, *given, *flags, processes=2, devices=4) as started:
+        training.after_steps(started[0], tmp_path / "run.0.log", 2)
+        started[1].send_signal(signal.SIGTERM)
+        codes = [process.wait(180) for process in started]
+    said, step = training.sayings(run, 2), checkpoint.latest_step(run)
+    assert codes == [signals.EXIT_TO_RESUME] * 2, said
     assert "mesh data 4 x fsdp 2, 2 processes" in said[0]
-    training.assert_close(training.result(tmp_path / "run")[2], until(alone, 2))
-    training.run(*given, "--config.steps=4")
-    training.assert_close(training.result(tmp_path / "run")[2], alone)
+    assert all(f"asked to leave: saved step {step} of 100000" in one for one in said)
+
+    more = f"--config.steps={step + 2}"
+    assert f"going on from step {step}" in training.run(STAGE, run, *given, more)
+    training.run(STAGE, expected, *given, more)
+    training.assert_close(training.result(run)[2], training.result(expected)[2])
+    training.assert_parameters_close(run, expected)
+
+
+def test_one_of_2_processes_is_killed(cache, tmp_path):
+    """The other leaves at once, in one line, and both go on with what was saved."""
+    run, given = tmp_path / "run", (cache, "--config.checkpoint.every=2")
+    with training.together(STAGE, run, *given, "--config.steps=100000", processes=2) as started:
+        training.after_steps(started[0], tmp_path / "run.0.log", 6)
+        started[1].kill()
+        assert started[0].wait(60) == signals.EXIT_TO_RESUME
+    last = training.sayings(run, 2)[0].splitlines()[-1]
+    assert last.startswith("error: process 0 of 2: another one is gone ("), last
+    step = checkpoint.latest_step(run)
+    assert step >= 2
+    said = training.run_together(STAGE, run, *given, f"--config.steps={step + 2}", processes=2)
+    assert f"going on from step {step}" in said[0]
 
 
 def test_rollouts_on_2_processes_of_4_devices(cache, tmp_path):

@@ -32,6 +32,7 @@ KEY, P, G = jax.random.key(3), 4, 6
 MESH = sharding.make_mesh(1, 1, jax.devices()[:1])
 PROCESS = grpo.Process(steps=5, form="cps", level=0.8, window=2, within=1.0)
 SETTINGS = Rollouts(group=G, process=PROCESS)
+GUIDED = SETTINGS._replace(guidance=2.0, process=PROCESS._replace(form="flow", level=0.7))
 STEPS, FORWARD = grpo.Settings(clip=0.01), nft.Settings(levels=3, shift=False)
 CONFIG = types.SimpleNamespace(shift=flow.ResolutionShift())
 PARAMS = {"unet": {"scale": jnp.float32(0.4), "shift": jnp.float32(0.1)}}
@@ -56,9 +57,10 @@ def toy(monkeypatch):
     monkeypatch.setattr(system, "decode_latents", lambda config, params, x: jnp.tanh(x[..., :3]))
 
 
-def prompts():
+def prompts(with_null=False):
     told = jnp.arange(P, dtype=jnp.float32)[:, None] / 10
-    return {"context": told, "source": jnp.zeros((P, 4, 4, 4)), "task": jnp.arange(P) % 2}
+    batch = {"context": told, "source": jnp.zeros((P, 4, 4, 4)), "task": jnp.arange(P) % 2}
+    return batch | ({"null_context": told - 0.3} if with_null else {})
 
 
 @functools.cache  # what is compiled for one test serves the next
@@ -67,7 +69,8 @@ def rollout_of(settings, loss):
 
 
 def rolled_out(settings=SETTINGS, params=PARAMS, number=0, key=KEY, loss=STEPS):
-    return rollout_of(settings, loss)(params, FROZEN, prompts(), key, number)
+    batch = prompts(settings.guidance != 1)
+    return rollout_of(settings, loss)(params, FROZEN, batch, key, number)
 
 
 # --- Rollouts -------------------------------------------------------------------------------------
@@ -201,18 +204,19 @@ def optimisation(accumulation=1, **settings):
 
 
 @functools.cache
-def loss_of(kl=0.0, kind=STEPS):
-    return rollouts.policy_loss(CONFIG, SETTINGS, kind._replace(kl=kl))
+def loss_of(kl=0.0, kind=STEPS, settings=SETTINGS):
+    return rollouts.policy_loss(CONFIG, settings, kind._replace(kl=kl))
 
 
 def step_of(how, updates=1, kl=0.0, kind=STEPS):
     return jax.jit(rollouts.make_step(loss_of(kl, kind), how, updates))
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, GUIDED])
 @pytest.mark.parametrize("kind", [STEPS, FORWARD])
-def test_the_first_update_is_the_old_policy_s_and_micro_batches_change_nothing(toy, kind):
-    batch = learnt(rolled_out(loss=kind)[0], scores_of())
-    found, loss = {}, loss_of(0.1, kind)
+def test_the_first_update_is_the_old_policy_s_and_micro_batches_change_nothing(toy, kind, settings):
+    batch = learnt(rolled_out(settings, loss=kind)[0], scores_of())
+    found, loss = {}, loss_of(0.1, kind, settings)
     for accumulation in (1, 4):
         how = jax.jit(functools.partial(gradients, loss, accumulation=accumulation))
         found[accumulation] = how(PARAMS, FROZEN, batch["rows"], KEY)
@@ -225,14 +229,16 @@ def test_the_first_update_is_the_old_policy_s_and_micro_batches_change_nothing(t
         assert a == pytest.approx(float(b), rel=1e-4)
 
 
+@pytest.mark.parametrize("scale", grpo.SCALES)
 @pytest.mark.parametrize("kind", [STEPS, FORWARD])
-def test_dropped_groups_weigh_nothing(toy, kind):
+def test_dropped_groups_weigh_nothing(toy, kind, scale):
     rows = rolled_out(loss=kind)[0]
     scores = scores_of().at[:G].set(0.25)
+    both = learnt(rows, scores, kind._replace(scale=scale))["rows"]
     grads = jax.jit(functools.partial(gradients, loss_of(kind=kind)))
-    found = grads(PARAMS, FROZEN, learnt(rows, scores)["rows"], KEY)[0]
+    found = grads(PARAMS, FROZEN, both, KEY)[0]
     # The same from the kept rows alone.
-    batch = jax.tree.map(lambda x: x[G:], learnt(rows, scores)["rows"])
+    batch = jax.tree.map(lambda x: x[G:], both)
     batch["weight"] = jnp.ones_like(batch["weight"])
     expected = grads(PARAMS, FROZEN, batch, KEY)[0]
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

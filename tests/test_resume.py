@@ -1,5 +1,6 @@
 """Whatever happens to a run, the same command takes it to the same end."""
 
+import shutil
 import signal
 import time
 
@@ -45,14 +46,6 @@ def flags_of(stage):
     )
 
 
-def after_steps(process, log, count):
-    """Returns once a run has said that so many steps are done, or has ended."""
-    while process.poll() is None:
-        if log.exists() and log.read_text().count("\nstep ") >= count:
-            return
-        time.sleep(0.01)
-
-
 def after_saving(process, workdir):
     """Returns once a run's checkpoint is whole, or it has ended."""
     while process.poll() is None and not checkpoint.latest_step(workdir):
@@ -78,10 +71,16 @@ def test_a_killed_run_ends_as_an_undisturbed_one(stage, undisturbed, cache, tmp_
     assert training.result(run) == expected, said
 
 
+@pytest.mark.parametrize("stage", DRAWN)
+def test_what_is_drawn_on_the_way_changes_nothing(stage, undisturbed, cache, tmp_path):
+    training.run(f"shapes/{stage}", tmp_path, cache, *flags_of(stage), "--config.sample.every=0")
+    assert training.result(tmp_path)[:2] == training.result(undisturbed(stage))[:2]
+
+
 def test_asked_to_leave_a_run_saves_and_says_so(cache, tmp_path):
     given = "shapes/autoencoder", tmp_path / "run", cache, "--config.checkpoint.every=0"
     process = training.start(*given, "--config.steps=100000")
-    after_steps(process, tmp_path / "run.0.log", 2)
+    training.after_steps(process, tmp_path / "run.0.log", 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(180) == 75
     said = (tmp_path / "run.0.log").read_text()
@@ -92,6 +91,19 @@ def test_asked_to_leave_a_run_saves_and_says_so(cache, tmp_path):
     assert f"going on from step {step}" in said
     assert "going on with another config: steps was 100000" in said
     assert checkpoint.latest_step(tmp_path / "run") == step + 1
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_leaves_what_it_had(tiny_disk, cache, tmp_path):
+    flags = "--config.checkpoint.every=1", "--config.checkpoint.keep=99", "--config.sample.every=0"
+    given = cache, *flags
+    said = training.run("shapes/autoencoder", tiny_disk, *given, "--config.steps=99", code=2)
+    assert "the disk is full" in said.splitlines()[-1], said
+    assert "Traceback" not in said
+    step = checkpoint.latest_step(tiny_disk)
+    shutil.copytree(tiny_disk, tmp_path / "elsewhere")
+    more = f"--config.steps={step + 1}"
+    said = training.run("shapes/autoencoder", tmp_path / "elsewhere", *given, more)
+    assert f"going on from step {step} of" in said
 
 
 def test_a_run_that_diverges_ends_in_one_line_and_keeps_what_it_had(cache, tmp_path):

@@ -1,15 +1,20 @@
 """Runs of `launch.train` as processes of their own, which can be killed, and what they leave."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from dreamlite_jax.train import checkpoint, metrics
+from dreamlite_jax.train import checkpoint, metrics, origins
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,21 +68,45 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_together(config: str, workdir: Path, cache: Path, *flags: str, processes: int, **kw):
+def run_together(
+    config: str, workdir: Path, cache: Path, *flags: str, processes: int, **kw
+) -> list[str]:
     """The same by several processes; returns what each says."""
+    with together(config, workdir, cache, *flags, processes=processes, **kw) as started:
+        codes = [process.wait(900) for process in started]
+    said = sayings(workdir, processes)
+    assert codes == [0] * processes, said
+    return said
+
+
+@contextlib.contextmanager
+def together(
+    config: str, workdir: Path, cache: Path, *flags: str, processes: int, **kw
+) -> Iterator[list[subprocess.Popen]]:
+    """The same, under way."""
     joined = (f"--coordinator=localhost:{free_port()}", f"--processes={processes}")
     started = [
         start(config, workdir, cache, *flags, *joined, f"--process={k}", process=k, **kw)
         for k in range(processes)
     ]
     try:
-        codes = [process.wait(900) for process in started]
+        yield started
     finally:
         for process in started:
             process.kill()
-    said = [Path(f"{workdir}.{k}.log").read_text() for k in range(processes)]
-    assert codes == [0] * processes, said
-    return said
+
+
+def sayings(workdir: Path, processes: int) -> list[str]:
+    """What each of several processes has said."""
+    return [Path(f"{workdir}.{k}.log").read_text() for k in range(processes)]
+
+
+def after_steps(process: subprocess.Popen, log: Path, count: int) -> None:
+    """Returns once a run has said that so many steps are done, or has ended."""
+    while process.poll() is None:
+        if log.exists() and log.read_text().count("\nstep ") >= count:
+            return
+        time.sleep(0.01)
 
 
 def result(workdir: Path) -> tuple[int, dict, list[dict]]:
@@ -107,6 +136,20 @@ def assert_close(found: list[dict], expected: list[dict]) -> None:
                 # NaN: the mean of no row.
                 wanted = pytest.approx(float(theirs[name]), rel=RTOL, nan_ok=True)
                 assert float(ours[name]) == wanted, name
+
+
+def assert_parameters_close(found: Path, expected: Path) -> None:
+    """Parameters and average of two runs of the same length with `SMOOTH`. Gradients of sums of
+    some thousand values differ by 1e-6 of their size, which is below 1; that moves a parameter by
+    1e-6 lr / eps a step, where lr is at most eps."""
+    runs = {part: [origins.load_run(run, part=part).params for run in (found, expected)]
+            for part in ("params", "ema")}  # fmt: skip
+    for part in runs.values():
+        for ours, theirs in zip(*map(jax.tree.leaves, part), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+    # That tells something: the average is this far behind already.
+    behind = jax.tree.map(lambda a, b: np.abs(a - b).max(), runs["params"][1], runs["ema"][1])
+    assert max(jax.tree.leaves(behind)) > 2e-4
 
 
 def on_devices(module: str, count: int = 8) -> None:

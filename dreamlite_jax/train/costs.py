@@ -9,7 +9,7 @@ Neither is a measurement.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +43,7 @@ class Costs(NamedTuple):
     outputs: int  # bytes that are not written over arguments
     flops: float  # as compiled: what rematerialisation repeats counts again
     bytes: float  # to and from memory
+    looped: bool  # whether there are loops, of which FLOPs and bytes have one turn
     cycles: float
     kernels: list[tuple[float, float, float]]  # how often a kernel runs, its FLOPs and bytes
     collectives: dict[str, tuple[float, float]]  # by kind: how many run, and their bytes
@@ -67,8 +68,9 @@ def of(compiled: Any) -> Costs:
     """The costs of a `jax.stages.Compiled` for a TPU."""
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     computations = dict(_computations(compiled.as_text()))
-    cycles, kernels, collectives, seen = 0.0, [], {}, set()
+    looped, cycles, kernels, collectives, seen = False, 0.0, [], {}, set()
     for line, times, within in _instructions(computations):
+        looped |= times > 1
         if found := _CYCLES.search(line):
             cycles += times * int(found[1])
         if found := _KERNEL.search(line):
@@ -90,6 +92,7 @@ def of(compiled: Any) -> Costs:
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         flops=analysis["flops"],
         bytes=analysis["bytes accessed"],
+        looped=looped,
         cycles=cycles,
         kernels=kernels,
         collectives=collectives,
@@ -104,9 +107,13 @@ def gradient_flops(loss_fn: LossFn, trained: Any, frozen: Any, batch: Any) -> fl
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    gradient = jax.jit(jax.grad(loss_fn, has_aux=True))
+    return flops_of(jax.grad(loss_fn, has_aux=True), trained, frozen, batch, keys)
+
+
+def flops_of(fn: Callable[..., Any], *arguments: Any) -> float:
+    """FLOPs of a function as written, counted as `gradient_flops`; of a loop those of one turn."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return gradient.lower(trained, frozen, batch, keys).cost_analysis()["flops"]
+        return jax.jit(fn).lower(*arguments).cost_analysis()["flops"]
 
 
 # --- The compiler's text --------------------------------------------------------------------------
@@ -120,8 +127,8 @@ _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 _COLLECTIVE = re.compile(rf" = (?P<type>\(.*?\)|\S+) (?P<kind>{_KINDS})(?P<start>-start)?\(")
 _CHANNEL = re.compile(r"channel_id=\d+")
 _FUSION = re.compile(r" fusion\(.*calls=%([\w.\-]+)")
-_LOOP = re.compile(r" while\(.*body=%([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_LOOP = re.compile(r" while\(.*condition=%(?P<condition>[\w.\-]+), body=%(?P<body>[\w.\-]+)")
+_BOUND = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -143,14 +150,22 @@ def _instructions(
     computations: Mapping[str, list[str]], name: str = "", times: float = 1
 ) -> Iterator[tuple[str, float, str]]:
     """Every instruction that runs, those within fusions too, how often, and the computation that it
-    is in; a loop whose trips are not known runs once."""
+    is in."""
     for line in computations[name]:
         yield line, times, name
         if fusion := _FUSION.search(line):
             yield from _instructions(computations, fusion[1], times)
         if loop := _LOOP.search(line):
-            trips = _TRIPS.search(line)
-            yield from _instructions(computations, loop[1], times * (int(trips[1]) if trips else 1))
+            trips = _trips(computations[loop["condition"]])
+            yield from _instructions(computations, loop["body"], times * trips)
+
+
+def _trips(condition: list[str]) -> int:
+    """Of a loop that counts from 0 to below a constant, as those of `lax.scan`; one of unknown
+    length is taken to run once."""
+    bounds = [int(found[1]) for line in condition if (found := _BOUND.search(line))]
+    counts = any(" compare(" in line and "direction=LT" in line for line in condition)
+    return bounds[0] if counts and len(bounds) == 1 else 1
 
 
 def _sizes(types: str) -> list[int]:
