@@ -4,15 +4,20 @@ import importlib.util
 import json
 import re
 import textwrap
+from types import SimpleNamespace
 
 import commands
 import foreign
 import jax
 import pytest
 
+from dreamlite_jax import pretrained, system
 from dreamlite_jax.data import pipeline
+from dreamlite_jax.models.autoencoder import TAESDXL
+from dreamlite_jax.models.unet_config import NANO
+from dreamlite_jax.objectives import grpo, nft
+from dreamlite_jax.train import abstract, costs, loop, rollouts, sharding
 from dreamlite_jax.train import config as train_config
-from dreamlite_jax.train import loop, sharding
 
 pytestmark = pytest.mark.e2e
 
@@ -110,8 +115,7 @@ def test_it_is_the_step_of_a_run(config, cache, tmp_path):
     state, frozen = stage.init_fn(jax.random.key(0))
     batch = pipeline.batch(run.recipe, pipeline.check(run.recipe), range(raw.batch_size), 0)
     batch = sharding.spread(batch, run.mesh, raw.batch_size)
-    with commands.only_flags_of("launch.aot_compile") as module:
-        step_fn, arguments, _ = module.abstract_step(raw, run.mesh)
+    step_fn, arguments, *_ = abstract.step_of(raw, run.mesh)
     used = {name: batch[name] for name in arguments[2]}  # not: which samples they are
     assert loop.abstract(used) == arguments[2]
     trained = jax.jit(stage.step_fn).lower(state, frozen, batch, jax.random.key(1))
@@ -142,10 +146,63 @@ def test_the_updates_of_distillation_one_by_one(distilled, tmp_path, capfd):
     assert fake["flops"] / fake["model_flops"] == pytest.approx(4 / 3, rel=0.1)
 
 
+@pytest.fixture(scope="module")
+def reinforced(tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "reinforced.py"
+    smaller = "config.rl.group, config.rl.parts, config.rl.process.steps = 2, 1, 4"
+    text = textwrap.dedent(CONFIG).replace("phase3_joint", "rl_nft")
+    file.write_text(text.replace("return", f"{smaller}\n    config.accumulation = 1\n    return"))
+    return f"--config={file}"
+
+
+@pytest.mark.parametrize("kind", ["nft", "grpo"])
+def test_the_arithmetic_of_a_rollout(kind):
+    """Where each of its loops has one turn, that of the rollout as written."""
+    config = system.Config(NANO, TAESDXL, None)
+    process = grpo.Process(steps=1, window=1)
+    settings = rollouts.Rollouts(group=2, guidance=2.0, process=process)
+    loss = nft.Settings(levels=1) if kind == "nft" else grpo.Settings()
+    raw = SimpleNamespace(batch_size=2, image_size=64, text_length=80, stage=kind, pane=True)
+    rl = SimpleNamespace(rollouts=settings)
+    trained = {"unet": pretrained.param_shapes(pretrained.UNET, NANO)}
+    frozen = {
+        "vae": pretrained.param_shapes(pretrained.AUTOENCODER, TAESDXL),
+        rollouts.REFERENCE: trained["unet"],
+    }
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    batch = abstract.batch_of(raw, config, ("edit",), rl)
+    rollout = rollouts.make_rollout(config, settings, loss, batch["context"].shape[1], mesh)
+    key, number = jax.eval_shape(lambda: (jax.random.key(0), 0))
+    given = trained, frozen, batch, key, number
+    rows, _, _ = jax.eval_shape(rollout, *given)
+    found = abstract.rollout_flops(config, settings, loss, rows["given"], trained, frozen)
+    assert 2 * found == pytest.approx(costs.flops_of(rollout, *given), rel=0.02)
+
+
+def test_a_rollout_and_its_updates(reinforced, tmp_path, capfd):
+    figures = {}
+    for update in ("rollout", "step"):
+        file = tmp_path / f"{update}.json"
+        given = reinforced, "--topology=v5e:2x2", f"--json={file}"
+        assert compile_for(*given, f"--update={update}") == 0
+        figures[update] = json.loads(file.read_text())
+    rollout, step = figures["rollout"], figures["step"]
+    # Eight velocities of a picture and its decoding; gradients at two noises of it.
+    assert rollout["model_flops"] / step["model_flops"] > 8 / 6
+    assert rollout["looped"] and not rollout["unknown"] and step["looped"]
+    # The updates take no encoder and no reference, which a run holds all the same.
+    assert step["beside"] > rollout["beside"] == 0
+    for one in figures.values():
+        assert 0 < one["cycles_model_share"] < 1 and "roofline_seconds" not in one
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--update=fake"], "--update=fake is of another stage; the stage 'diffusion' has both"),
+        (
+            ["--update=fake"],
+            "--update=fake is of another stage, the stage 'diffusion' has only step",
+        ),
         (
             ["--topology=v5e:3x"],
             "--topology v5e:3x: .*; expected a kind and a shape such as v5e:4x4",

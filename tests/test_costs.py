@@ -82,11 +82,26 @@ def test_the_text_of_a_program():
         "all-reduce": (5, 5 * 4 * 4 * 4),
     }
     assert found.memory == 100 + 20 + 10
-    assert found.looped
+    assert found.looped and found.unknown
     kind = "TPU v5 lite"
     assert found.roofline_seconds(kind) == max(3e12 / 197e12, 4e9 / 819e9)
     assert found.kernels == [(5, 197e6, 8)]
     assert found.cycle_seconds(kind) == pytest.approx(155 / 1.5e9 + 5 * 1e-6)
+
+
+@pytest.mark.parametrize(
+    "bound, compared, turns",
+    [
+        ("%n = s32[] constant(5)", "%i, %n", 5),
+        ("%n = s32[]{:T(128)} constant(1), a={b}", "%i, %n", 1),
+        ("%n = s32[] constant(5)", "%i, %m", None),  # below another number
+    ],
+)
+def test_the_turns_of_a_loop(bound, compared, turns):
+    lines = [f"  {bound}", f"  ROOT %lt = pred[]{{:T(512)}} compare({compared}), direction=LT"]
+    line = "  %w = (s32[]) while(%t), condition=%c, body=%b"
+    assert costs._turns(line, lines) == turns
+    assert costs._turns(f'{line}, backend_config={{"known_trip_count":{{"n":"7"}}}}', lines) == 7
 
 
 def test_every_chip_has_a_peak():

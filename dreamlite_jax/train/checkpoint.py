@@ -34,6 +34,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.train import peers
 from dreamlite_jax.train.checksums import checksums
 from dreamlite_jax.train.quiet import brief, first, hush_orbax
 
@@ -63,10 +64,10 @@ def open_manager(
 ) -> Iterator[ocp.CheckpointManager]:
     """The one writer of a run's checkpoints; on leaving, waits for the save that is under way.
 
-    What a killed process left half-written is removed, hence no two runs may share a workdir.
+    What a killed process left half-written is removed, hence no two runs may share a workdir, whose
+    folder `checkpoints` is made where it is missing.
 
     Args:
-      workdir: of the run; its folder `checkpoints` is made where it is missing.
       keep: how many of the latest checkpoints stay, at least 1.
       keep_every: checkpoints of steps that are multiples of this stay for good.
 
@@ -150,11 +151,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, meta: Mapping[st
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
-    """Returns once the save under way, if any, is complete.
-
-    Raises:
-      CheckpointError: it failed.
-    """
+    """Returns once the save under way, if any, is complete; CheckpointError: it failed."""
     with _reported(manager, manager.latest_step()):
         manager.wait_until_finished()
 
@@ -165,6 +162,8 @@ def _reported(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None
     try:
         yield
     except Exception as error:
+        if peers.is_lost(error):
+            raise
         folder = manager.directory
         _remove_leftovers(folder, step)
         manager.reload()  # the manager has forgotten those it was about to delete

@@ -43,8 +43,9 @@ class Costs(NamedTuple):
     outputs: int  # bytes that are not written over arguments
     flops: float  # as compiled: what rematerialisation repeats counts again
     bytes: float  # to and from memory
-    looped: bool  # whether there are loops, of which FLOPs and bytes have one turn
     cycles: float
+    looped: bool  # whether there are loops, of which FLOPs and bytes have one turn
+    unknown: bool  # whether one of them is of unknown length: one turn of it is in the cycles, too
     kernels: list[tuple[float, float, float]]  # how often a kernel runs, its FLOPs and bytes
     collectives: dict[str, tuple[float, float]]  # by kind: how many run, and their bytes
 
@@ -68,9 +69,11 @@ def of(compiled: Any) -> Costs:
     """The costs of a `jax.stages.Compiled` for a TPU."""
     memory, analysis = compiled.memory_analysis(), compiled.cost_analysis()
     computations = dict(_computations(compiled.as_text()))
-    looped, cycles, kernels, collectives, seen = False, 0.0, [], {}, set()
+    cycles, kernels, collectives, seen = 0.0, [], {}, set()
+    turns = []
     for line, times, within in _instructions(computations):
-        looped |= times > 1
+        if loop := _LOOP.search(line):
+            turns.append(_turns(line, computations[loop["condition"]]))
         if found := _CYCLES.search(line):
             cycles += times * int(found[1])
         if found := _KERNEL.search(line):
@@ -92,8 +95,9 @@ def of(compiled: Any) -> Costs:
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         flops=analysis["flops"],
         bytes=analysis["bytes accessed"],
-        looped=looped,
         cycles=cycles,
+        looped=any(n != 1 for n in turns),
+        unknown=None in turns,
         kernels=kernels,
         collectives=collectives,
     )
@@ -127,8 +131,11 @@ _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 _COLLECTIVE = re.compile(rf" = (?P<type>\(.*?\)|\S+) (?P<kind>{_KINDS})(?P<start>-start)?\(")
 _CHANNEL = re.compile(r"channel_id=\d+")
 _FUSION = re.compile(r" fusion\(.*calls=%([\w.\-]+)")
+_BRANCHES = re.compile(r" conditional\(.*branch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r" while\(.*condition=%(?P<condition>[\w.\-]+), body=%(?P<body>[\w.\-]+)")
-_BOUND = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_BOUND = re.compile(r"(%[\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"ROOT .* compare\(.*(%[\w.\-]+)\), direction=LT")
 _ARRAY = re.compile(r"(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -156,16 +163,21 @@ def _instructions(
         if fusion := _FUSION.search(line):
             yield from _instructions(computations, fusion[1], times)
         if loop := _LOOP.search(line):
-            trips = _trips(computations[loop["condition"]])
-            yield from _instructions(computations, loop["body"], times * trips)
+            turns = _turns(line, computations[loop["condition"]]) or 1
+            yield from _instructions(computations, loop["body"], times * turns)
+        if branches := _BRANCHES.search(line):  # each as if it were taken, as the FLOPs have it
+            for branch in re.findall(r"[\w.\-]+", branches[1]):
+                yield from _instructions(computations, branch, times)
 
 
-def _trips(condition: list[str]) -> int:
-    """Of a loop that counts from 0 to below a constant, as those of `lax.scan`; one of unknown
-    length is taken to run once."""
-    bounds = [int(found[1]) for line in condition if (found := _BOUND.search(line))]
-    counts = any(" compare(" in line and "direction=LT" in line for line in condition)
-    return bounds[0] if counts and len(bounds) == 1 else 1
+def _turns(loop: str, condition: list[str]) -> int | None:
+    """How often a loop runs: as the compiler says, or, as it does not for TPUs, up to the constant
+    that `lax.scan` counts below, from 0 and one by one; None where neither is there."""
+    if said := _TURNS.search(loop):
+        return int(said[1])
+    text = "\n".join(condition)
+    below, bounds = _BELOW.search(text), dict(_BOUND.findall(text))
+    return int(bounds[below[1]]) if below and below[1] in bounds else None
 
 
 def _sizes(types: str) -> list[int]:

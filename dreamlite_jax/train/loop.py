@@ -2,9 +2,6 @@
 
 import contextlib
 import math
-import os
-import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.train import checkpoint, metrics, signals
+from dreamlite_jax.train import checkpoint, metrics, peers, signals
 from dreamlite_jax.train.metrics import Interval, Writer
 
 
@@ -77,8 +74,6 @@ class Schedule(NamedTuple):
 
 SHOWN = ("loss", "reward", "grad_norm")  # on the console
 PROFILED = 5  # steps of a trace
-# What collectives and barriers say of a process that is gone.
-_GONE = re.compile("Gloo|UNAVAILABLE|heartbeat|ABORTED|DEADLINE_EXCEEDED")
 _ASK_EVERY = 10  # steps between questions whether another host was asked to leave
 
 
@@ -115,6 +110,7 @@ def fit(
     with (
         signals.asked_to_leave() as asked,
         checkpoint.open_manager(workdir, **keeping) as manager,
+        peers.leaving_with_the_lost(),
     ):
         state, frozen = stage.init_fn(jax.random.fold_in(seed, 0))
         start, window = 0, []
@@ -134,7 +130,6 @@ def fit(
             Writer(workdir, resumed_at=start or None) as writer,
             kept(lambda: save(done, state), asked),
             traced(schedule, workdir) as trace,
-            together(),
         ):
             batches = batches_from(start) if start < schedule.steps else iter(())
             while done < schedule.steps:
@@ -216,26 +211,6 @@ def reading() -> Iterator[None]:
             raise
         where = f"process {jax.process_index()} of {jax.process_count()}"
         raise AloneError(f"{where}: {error}; nothing was saved for it") from error
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Where another process is gone (killed, its host lost), this one leaves at once: whatever else
-    it did would wait for that one, for minutes."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not _GONE.search(str(error)):
-            raise
-        where = f"process {jax.process_index()} of {jax.process_count()}"
-        said = " ".join(str(error).split())[:200]
-        print(
-            f"error: {where}: another one is gone ({said}); start all again: the run goes on from "
-            "its latest checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(signals.EXIT_TO_RESUME)
 
 
 def compiled(step_fn: Callable, state: Any) -> Callable:
