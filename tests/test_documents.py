@@ -53,6 +53,8 @@ def test_a_command_takes_its_flags(module, arguments, monkeypatch):
     given = [re.sub(r"\$\w+", "1", one) for one in arguments if one != "--config=..."]
     with commands.only_flags_of(module), flagsaver.flagsaver():
         _, problem = cli._read([module, *given])
+        for file in [one.partition("=")[2] for one in given if one.startswith("--config=")]:
+            assert (ROOT / file.partition(":")[0]).is_file()
     assert not problem
 
 
