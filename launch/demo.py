@@ -5,7 +5,7 @@
 
 Autoencoder, text to image, editing, both, fine-tuning, reinforcement learning and distillation,
 each by `launch.train` with the configs of configs/shapes/; `launch.evaluate` after them, mostly on
-pairs of shape and colour that no U-Net was shown a picture of; then export, bundles, and pictures
+pairs of shape and colour that no lesson has shown a picture of; then export, bundles, and pictures
 by the bundles. OUT gets metrics.json, report.html and picture.png. Ctrl-C saves and leaves with
 exit code 75; the same command goes on, and what is finished is not done again. --quick takes few
 steps of the smallest model: it shows that all works, and nothing of how well. --pretraining leaves

@@ -12,13 +12,13 @@ def get_config(variant=None):
     config = sft.get_config()
     config.stage = "dmd2"
     config.init_from = "runs/shapes/sft"
-    # For text to image a prompt is enough: the student draws, the teacher judges. So they name the
-    # four pairs, too, of which no U-Net has been shown a picture. After reinforcement learning
-    # guidance hardly changes pictures of the others, so that these teach little of what it does.
-    # (loss.gan would show the targets: with it, train's.)
+    # A prompt, and what an edit starts from, are enough: the student draws, the teacher judges. So
+    # they may be about the four pairs, too, of which no lesson has shown a picture. After
+    # reinforcement learning guidance hardly changes pictures of the others, so that these teach
+    # little of what it does. (loss.gan would show the targets: with it, train's.)
     config.data = tuple(
-        {"source": f"shapes:demo:{split}", "task": task, "weight": 1.0, "count": 20_000, "seed": 3}
-        for task, split in (("t2i", "all"), ("edit", "train"))
+        {"source": "shapes:demo:all", "task": task, "weight": 1.0, "count": 20_000, "seed": 3}
+        for task in ("t2i", "edit")
     )
     config.batch_size = 32
     config.steps = 400  # with more, edits lose more

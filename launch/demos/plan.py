@@ -41,7 +41,7 @@ STAGES = (
         "phase1_t2i",
         "Text to image",
         "Learns to draw what a caption says, and to read captions on the way. Some pairs of "
-        "shape and colour are held out: no picture of them is ever shown.",
+        "shape and colour are held out: no lesson shows a picture of them, here or later.",
         505,
         ({"name": "pretrain", "task": ["t2i"], **GUIDED},),
     ),
@@ -73,7 +73,8 @@ STAGES = (
     Stage(
         "rl_nft",
         "Reinforcement learning",
-        "Draws a group of pictures for each prompt; those that the judge prefers become likelier.",
+        "Draws a group of pictures for each prompt; those that the judge prefers become likelier. "
+        "No answer need be known for that, so half of the edits are about held-out pairs.",
         405,
         (
             {"name": "rl", "diversity": 16, **GUIDED},
@@ -85,7 +86,7 @@ STAGES = (
         "distill_dmd2",
         "Distillation",
         "A student learns to do in few steps, unguided, what its teacher does in many guided "
-        "ones. For text to image prompts are enough, so these name the held-out pairs, too.",
+        "ones. Prompts and sources are enough, so these are about the held-out pairs, too.",
         175,
     ),
 )

@@ -224,7 +224,9 @@ def accuracies(folder: Path, found: Metrics) -> str:
     return (
         '<h2>Right, stage by stage</h2><p><i class="key t2i"></i><i class="key edit"></i>held-out '
         'combinations with their 95&thinsp;% interval <i class="key seen"></i>combinations that '
-        'training showed. The dashed line is the aim after fine-tuning.</p><div class="two">'
+        "training showed. Of held-out ones no lesson shows an answer; reinforcement learning asks "
+        "for edits of them all the same, distillation for pictures, too (other ones than these). "
+        'The dashed line is the aim after fine-tuning.</p><div class="two">'
         f"{''.join(panels)}</div>"
     )
 
@@ -370,9 +372,8 @@ def students(folder: Path, found: Metrics) -> str:
     head = ("", "Right", "Sharpness", "Diversity")
     return (
         "<h2>Distillation: teacher and student</h2><p>Sharpness is 1 for a crisp render, diversity "
-        "the difference between four pictures of one prompt: a student must lose neither. The "
-        "student's prompts name held-out pairs, too, in text to image; pictures of them it has not "
-        "been shown.</p>"
+        "the difference between four pictures of one prompt: a student must lose neither. What it "
+        "is asked for is about held-out pairs, too; an answer it is never shown.</p>"
         f'<div class="card">{table(head, rows, (1, 2, 3))}</div>{"".join(parts)}'
     )
 
