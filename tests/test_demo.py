@@ -221,14 +221,18 @@ def test_every_accuracy_that_is_promised_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("stage", [stage.config for stage in plan.STAGES[1:]])
-def test_no_u_net_is_shown_a_picture_of_a_held_out_pair(stage, tmp_path):
-    """Distillation's prompts name them, but its targets are not looked at."""
+def test_no_lesson_shows_a_picture_of_a_held_out_pair(stage, tmp_path):
+    """Reinforcement learning and distillation ask about them, of other seeds than the tests', and
+    do not look at targets."""
     config = plan.config_of(plan.of(tmp_path, 0, False, "cache"), stage)
-    splits = {(one["task"], one["source"].split(":")[2]) for one in config.data}
-    if stage == "distill_dmd2":
-        assert config.loss.gan == 0 and ("t2i", "all") in splits
-        splits -= {("t2i", "all")}
-    assert {split for _, split in splits} == {"train"}
+    asked = {"rl_nft": {"edit held_out"}, "distill_dmd2": {"t2i all", "edit all"}}.get(stage, set())
+    seeds = {}
+    for one in config.data:
+        split = one["source"].split(":")[2]
+        seeds[f"{one['task']} {split}"] = one.get("seed", 0)
+    assert all(seeds.pop(name) != 0 for name in asked)
+    assert all(name.endswith(" train") for name in seeds)
+    assert stage != "distill_dmd2" or config.loss.gan == 0
 
 
 def costs(made, *flops):

@@ -93,6 +93,19 @@ def test_a_rollout_s_rows_are_the_groups_of_its_prompts(toy):
     assert np.abs(rows["mean_reference"] - rows["mean"]).min(axis=(1, 2, 3, 4)).max() > 0.01
 
 
+def test_targets_are_not_looked_at(toy, monkeypatch):
+    expected, plain = rolled_out(), stages.conditioned
+
+    def other(*given):
+        x0, at = plain(*given)
+        return x0 + 1, at
+
+    monkeypatch.setattr(stages, "conditioned", other)
+    rollout = rollouts.make_rollout(CONFIG, SETTINGS, STEPS, 1, MESH)
+    found = rollout(PARAMS, FROZEN, prompts(), KEY, 0)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_pictures_noised_at_every_level(toy):
     """Drawn by the sampler, then noised little, more and much; both policies' velocities there."""
     params = {"unet": {**PARAMS["unet"], "shift": jnp.float32(0.3)}}
