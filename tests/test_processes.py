@@ -69,17 +69,16 @@ def test_one_of_2_processes_is_killed(cache, tmp_path):
     assert f"going on from step {step}" in said[0]
 
 
-def test_rollouts_on_2_processes(cache, tmp_path):
-    """Of the networks themselves, spread: each process asks about its own pictures. (On eight
-    devices: test_reinforcement.py.)"""
+def test_rollouts_on_2_processes_of_4_devices(cache, tmp_path):
+    """Of the networks themselves, spread: each process asks about its own pictures."""
     flags = (
         *(training.SMOOTH, "--config.batch_size=32", "--config.rl.updates=1"),
         *("--config.sample.every=0", "--config.steps=3"),
     )
     one, several = tmp_path / "one", tmp_path / "several"
     training.run("shapes/rl_nft", one, cache, *flags)
-    said = training.run_together("shapes/rl_nft", several, cache, *flags, processes=2)
-    assert "32 pictures = 8 prompts x 4 a group = 2 devices x 16 at a time" in said[0]
+    said = training.run_together("shapes/rl_nft", several, cache, *flags, processes=2, devices=4)
+    assert "32 pictures = 8 prompts x 4 a group = 8 devices x 4 at a time" in said[0]
     found, expected = (training.result(run)[2] for run in (several, one))
     training.assert_close(found, expected)
     for ours, theirs in zip(found, expected, strict=True):

@@ -18,7 +18,6 @@ from dreamlite_jax.data import pipeline
 from dreamlite_jax.data.mixture import EDIT, TASKS
 from dreamlite_jax.data.prompts import DropCounts
 from dreamlite_jax.models import autoencoder, unet_config
-from dreamlite_jax.models.primitives import PLAIN
 from dreamlite_jax.models.qwen3_vl.config import QWEN3_VL_2B
 from dreamlite_jax.objectives import dmd2, grpo, nft
 from dreamlite_jax.train import (
@@ -115,7 +114,7 @@ def step_of(raw: ConfigDict, mesh: Mesh, update: str = STEP) -> Abstract:
         step = reinforced_step(config, rl.rollouts, loss, update, mesh, encoders, *common)
     else:
         loss_fn = stages.diffusion_loss(config, context_length, loss)
-        plain_loss = stages.diffusion_loss(plain(config), context_length, loss)
+        plain_loss = stages.diffusion_loss(stages.as_written(config), context_length, loss)
         flops = costs.gradient_flops(plain_loss, trained, {}, one_row(batch))
         step = Step(make_update(loss_fn, *optimisation), state, {}, batch, flops)
 
@@ -129,11 +128,6 @@ def step_of(raw: ConfigDict, mesh: Mesh, update: str = STEP) -> Abstract:
     spread = placed(step.batch, jax.tree.map(lambda _: rows, step.batch))
     key = jax.eval_shape(lambda: jax.random.key(0))
     return Abstract(step.fn, (state, frozen, spread, key), beside, raw.batch_size * step.flops)
-
-
-def plain(config: system.Config) -> system.Config:
-    """As the network is written, whose arithmetic is the model's."""
-    return config._replace(remat="none", ops=PLAIN)
 
 
 def one_row(batch: Any) -> Any:
@@ -167,13 +161,13 @@ def distilled_step(
         return distillation.prepared(config, settings, length, networks, batch, key)
 
     def shapes_of(batch: Any) -> Any:
-        as_written = functools.partial(prepared, config=plain(config))
-        return jax.eval_shape(as_written, trained, batch, jax.random.key(0))
+        shown = functools.partial(prepared, config=stages.as_written(config))
+        return jax.eval_shape(shown, trained, batch, jax.random.key(0))
 
     losses = distillation.make_losses(config, settings, loss)
     networks = {distillation.TEACHER: trained["unet"], distillation.FAKE: trained}
     row = shapes_of(one_row(batch))
-    as_written = distillation.make_losses(plain(config), settings, loss)
+    as_written = distillation.make_losses(stages.as_written(config), settings, loss)
     flops = distillation.Losses(
         *(costs.gradient_flops(loss_fn, trained, networks, row) for loss_fn in as_written)
     )
@@ -223,12 +217,14 @@ def reinforced_step(
             # With the state, which lies in the memory meanwhile.
             return state, rollout(state.params, frozen, batch, key, 0)
 
-        flops = rollout_flops(plain(config), settings, loss, rows["given"], trained, frozen)
+        flops = rollout_flops(
+            stages.as_written(config), settings, loss, rows["given"], trained, frozen
+        )
         return Step(drawn, state, frozen, batch, flops)
     scalars = jax.ShapeDtypeStruct(pictures.shape[:1], jnp.float32)
     rows |= {"advantage": scalars, "weight": scalars}
     policy_loss = rollouts.policy_loss(config, settings, loss)
-    as_written = rollouts.policy_loss(plain(config), settings, loss)
+    as_written = rollouts.policy_loss(stages.as_written(config), settings, loss)
     flops = costs.gradient_flops(as_written, trained, {}, one_row(rows))
     step_fn = rollouts.make_step(policy_loss, optimisation, settings.updates)
     beside = {rollouts.REFERENCE: trained["unet"]}

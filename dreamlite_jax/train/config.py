@@ -16,7 +16,6 @@ from dreamlite_jax import precompute, pretrained, system, tiny
 from dreamlite_jax.data import pipeline, streams, transforms
 from dreamlite_jax.data.pipeline import Recipe
 from dreamlite_jax.models import blocks, unet_config
-from dreamlite_jax.models.primitives import PLAIN
 from dreamlite_jax.objectives import autoencoding, dmd2, flow_matching, grpo, nft
 from dreamlite_jax.rewards import opening
 from dreamlite_jax.train import (
@@ -372,7 +371,7 @@ def flops_of_step(run: Run) -> float | None:
     more than the gradient of one loss on the data's rows."""
     if run.rl or run.distill:
         return None
-    plain = run._replace(config=run.config._replace(remat="none", ops=PLAIN))
+    plain = run._replace(config=stages.as_written(run.config))
     shapes = {
         name: pretrained.param_shapes(system.NETWORKS[name], getattr(run.config, name))
         for name in networks_of(run.raw)

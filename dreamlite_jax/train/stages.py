@@ -99,6 +99,11 @@ def diffusion_loss(
     return loss_fn
 
 
+def as_written(config: system.Config) -> system.Config:
+    """The networks without what devices and memory ask for: their arithmetic is the model's."""
+    return config._replace(remat="none", ops=PLAIN)
+
+
 def edits(task: Array) -> Array:
     """Which rows are edits, bool [B], of their tasks, int [B]."""
     return task == TASKS.index(EDIT)
