@@ -19,6 +19,9 @@ from dreamlite_jax.train.update import Mean, make_update
 TX = optax.adam(0.1)
 
 
+TWO = ("first", "second")
+
+
 def loss_fn(params, frozen, batch, keys):
     made = (batch["x"] * params["a"]).sum(-1) + jax.vmap(jax.random.normal)(keys)
     losses = jnp.square(made - 1)
@@ -40,6 +43,40 @@ def batches_from(step):
 
 def schedule(**kw):
     return loop.Schedule(**{"steps": 6, "batch_size": 4, "log_every": 1, "sample_every": 2, **kw})
+
+
+def test_how_far_a_logged_step_goes(tmp_path):
+    """Of two networks; the second is updated in every third step."""
+    update = make_update(loss_fn, TX, 0.9)
+
+    def step_fn(state, frozen, batch, key):
+        first, found = update(state["first"], frozen, batch, key)
+        turn = first.step % 3 == 0
+        second = jax.lax.cond(
+            turn, lambda s: update(s, {}, batch, key)[0], lambda s: s, state["second"]
+        )
+        return {"first": first, "second": second}, found
+
+    def predict(state, frozen, step):
+        seen.append(jax.device_get({name: one.params["a"] for name, one in state.items()}))
+        return loop.Predictions()
+
+    def init_fn(key):
+        states = {name: new_state({"a": jnp.ones(2) * k}, TX) for k, name in enumerate(TWO)}
+        return jax.tree.map(jnp.copy, states), {}
+
+    seen = []
+    both = loop.Stage(init_fn, step_fn, predict_fns={"a": predict})
+    loop.fit(both, batches_from, schedule(sample_every=1, log_every=2, steps=7), tmp_path)
+    lines = {one["step"]: one for one in metrics.read_metrics(tmp_path) if "loss" in one}
+    assert lines.keys() == {2, 4, 6, 7}
+    for step, line in lines.items():
+        for name in TWO:
+            went = np.linalg.norm(seen[step - 1][name] - seen[step - 2][name])
+            its_turn = name == "first" or step == 6
+            assert (went > 0) == its_turn
+            found = float(line[f"{name}/update_norm"])
+            assert found == pytest.approx(went, rel=1e-4) if its_turn else np.isnan(found)
 
 
 def test_what_is_shown_changes_nothing(tmp_path):

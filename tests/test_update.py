@@ -158,9 +158,7 @@ def test_steps_are_those_of_optax():
         assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), 1e-4)
         assert metrics["grad_norm"] > 0.5  # or nothing would be clipped
         updates, opt_state = their_update(grads, opt_state, params)
-        before, params = params, optax.apply_updates(params, updates)
-        change = optax.tree.norm(jax.tree.map(jnp.subtract, params, before))
-        np.testing.assert_allclose(metrics["update_norm"], change, rtol=1e-3, atol=1e-6)
+        params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(metrics["param_norm"], optax.tree.norm(params), rtol=1e-5)
     assert largest(state.params, params) < 1e-5
     assert int(state.step) == 4 and int(state.skipped) == int(state.streak) == 0
@@ -178,7 +176,6 @@ def test_clipping(clip, share):
     grads, _ = gradients_of(params_of(), batch_of())
     expected = jax.tree.map(lambda p, g: p - share * g, params_of(), grads)
     assert largest(state.params, expected) < 1e-6
-    assert float(metrics["update_norm"]) == pytest.approx(norm * share, rel=1e-5)
 
 
 @pytest.mark.parametrize("warmup", [True, False])

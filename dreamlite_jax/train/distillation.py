@@ -283,7 +283,7 @@ def make_step(
         after, found = lax.cond(due, learn, lambda student, *_: (student, nothing), before, *given)
 
         score, of_score = update_fake(score, {}, rows, for_fake)
-        own = ("grad_norm", "update_norm", "param_norm")
+        own = ("grad_norm", "param_norm")
         metrics = {f"{FAKE}/{name}" if name in own else name: of_score[name] for name in of_score}
         metrics |= {name: x for name, x in found.items() if name not in _COUNTS}
         metrics |= {

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.train import checkpoint, metrics, peers, signals
 from dreamlite_jax.train.metrics import Interval, Writer
+from dreamlite_jax.train.optim import norm
+from dreamlite_jax.train.state import Params, TrainState, networks
 
 
 class TrainingError(UserError):
@@ -142,17 +145,21 @@ def fit(
                     began = time.monotonic()
                     batch = stage.batch_fn(state, frozen, batch, key, done)
                     making += time.monotonic() - began
+                logged = due(done + 1, schedule.log_every) or done + 1 == schedule.steps
+                before = _held(networks(state)) if logged or clock is None else None
                 state, found = step_fn(state, frozen, batch, key)
                 window.append(found)
                 done += 1
+                moved = _moved(before, networks(state)) if before else {}
                 # One step ahead of the devices and no more: batches must not pile up.
                 jax.block_until_ready(window[-2:][0])
                 if clock is None:
                     jax.block_until_ready(found)
                     clock = Interval(done, time.monotonic())  # the first step was compiled
                     making = 0.0
-                if due(done, schedule.log_every) or done == schedule.steps:
-                    found = _log(writer, schedule, done, window, clock, making, flops_per_step)
+                if logged:
+                    rest = moved, clock, making, flops_per_step
+                    found = _log(writer, schedule, done, window, *rest)
                     window, clock, making = [], Interval(done, time.monotonic()), 0.0
                     _check(found, schedule, done)
                 pause = time.monotonic()
@@ -226,6 +233,26 @@ def abstract(state: Any) -> Any:
     )
 
 
+@jax.jit
+def _held(states: Mapping[str, TrainState]) -> dict[str, tuple[jax.Array, Params]]:
+    """What `_moved` needs of the states before a step, which takes these for its own."""
+    return {name: jax.tree.map(jnp.copy, (one.step, one.params)) for name, one in states.items()}
+
+
+@jax.jit
+def _moved(
+    before: Mapping[str, tuple[jax.Array, Params]], states: Mapping[str, TrainState]
+) -> dict[str, jax.Array]:
+    """How far a step has moved the parameters of each network, `update_norm`; NaN of a network
+    that was not its turn."""
+    found = {}
+    for name, one in states.items():
+        step, params = before[name]
+        change = norm(jax.tree.map(jnp.subtract, one.params, params))
+        found[f"{name}update_norm"] = jnp.where(one.step > step, change, jnp.nan)
+    return found
+
+
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps happens after `step`."""
     return every > 0 and step % every == 0
@@ -236,16 +263,19 @@ def _log(
     schedule: Schedule,
     step: int,
     window: list,
+    moved: Mapping[str, jax.Array],
     clock: Interval,
     making: float,
     flops_per_step: float | None,
 ) -> dict[str, float]:
-    """Writes the means over the steps since the last time, and a line to the console."""
+    """Writes the means over the steps since the last time, how far the last one `moved`, and a
+    line to the console."""
     steps = _fetched(window)
     # Of a restored window, which another version may have begun, what it has.
     found = {name: _mean([one.get(name, math.nan) for one in steps]) for name in steps[-1]}
     if "streak" in found:  # the longest, which may have ended before the last step
         found |= {"skipped": steps[-1]["skipped"], "streak": max(s["streak"] for s in steps)}
+    found |= {name: float(value) for name, value in moved.items()}
     now, peak = time.monotonic(), metrics.peak_flops()
     rates = clock.rates(step, now, schedule.steps, schedule.batch_size, flops_per_step, peak)
     times = rates.metrics()

@@ -20,6 +20,13 @@ class TrainState(NamedTuple):
     streak: Array  # int32, of these the latest in a row
 
 
+def networks(state: TrainState | dict[str, TrainState]) -> dict[str, TrainState]:
+    """The networks of a stage's state, by what the names of their metrics begin with."""
+    if isinstance(state, TrainState):
+        return {"": state}
+    return {f"{name}/": one for name, one in state.items()}
+
+
 def new_state(params: Params, tx: Any) -> TrainState:
     """The state at step 0; the average begins at the parameters."""
     zero = jnp.zeros((), jnp.int32)

@@ -56,42 +56,40 @@ def make_update(
         forgets the first parameters.
 
     An update with a loss or gradient that is not finite changes nothing but `skipped` and `streak`.
-    Metrics are float32 scalars: `loss`, `grad_norm`, `update_norm`, `param_norm`, `skipped`,
-    `streak`, and those of loss_fn (NaN where a mean is of nothing).
+    Metrics are float32 scalars: `loss`, `grad_norm`, `param_norm`, `skipped`, `streak`, and those
+    of loss_fn (NaN where a mean is of nothing). How far an update goes is measured by the loop, now
+    and then: a CPU would take as long for it as for the update.
     """
 
     def update(state: TrainState, frozen: Any, batch: Any, key: Array):
         grads, metrics = gradients(loss_fn, state.params, frozen, batch, key, accumulation, trained)
         grad_norm = once(norm(grads))
         fine = once(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
-        if clip:
-            scale = once(jnp.minimum(1.0, clip / grad_norm))
-            grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-
         n = (state.step - state.skipped).astype(jnp.float32)
         decay = once(jnp.minimum(ema_decay, (1 + n) / (10 + n))) if ema_warmup else ema_decay
-        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
 
-        def kept(new, old):
-            return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
+        def applied(held, grads):
+            params, opt_state, ema = held
+            if clip:
+                scale = once(jnp.minimum(1.0, clip / grad_norm))
+                grads = jax.tree.map(lambda g: g * scale, grads)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+            return params, opt_state, ema
+
+        # Not selected number by number: XLA's CPU compiler would write every result twice.
+        held = (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = lax.cond(fine, applied, lambda held, _: held, held, grads)
 
         bad = (~fine).astype(jnp.int32)
-        state = TrainState(
-            step=state.step + 1,
-            params=kept(params, state.params),
-            opt_state=kept(opt_state, state.opt_state),
-            ema=kept(ema, state.ema),
-            skipped=state.skipped + bad,
-            streak=(state.streak + 1) * bad,
-        )
+        skipped, streak = state.skipped + bad, (state.streak + 1) * bad
+        state = TrainState(state.step + 1, params, opt_state, ema, skipped, streak)
         metrics |= {
             "grad_norm": grad_norm,
-            "update_norm": norm(updates),
-            "param_norm": norm(state.params),
-            "skipped": state.skipped.astype(jnp.float32),
-            "streak": state.streak.astype(jnp.float32),
+            "param_norm": norm(params),
+            "skipped": skipped.astype(jnp.float32),
+            "streak": streak.astype(jnp.float32),
         }
         return state, metrics
 
