@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,7 +171,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         arrays = {f"{i}/{k}": v for i, one in enumerate(inputs) for k, v in one.items()}
         np.savez(Path(folder) / "inputs.npz", **arrays)
-        task = [os.fspath(file), signature, accelerator, precision, folder]
+        task = [os.fspath(file), signature, accelerator, precision, folder, os.getpid()]
         command = [sys.executable, "-m", "convert.verify", _CHILD, json.dumps(task)]
         root = Path(__file__).parent.parent
         for _ in range(_ATTEMPTS):
@@ -195,9 +197,12 @@ def _reason(done: subprocess.CompletedProcess) -> str:
 _CHILD = "--child"
 
 
-def _child(file: str, signature: str, accelerator: str, precision: str, folder: str) -> None:
+def _child(
+    file: str, signature: str, accelerator: str, precision: str, folder: str, parent: int
+) -> None:
     from convert.litert import CompiledModel, StillCompilingError
 
+    leave_with(parent)
     with np.load(Path(folder) / "inputs.npz") as arrays:
         inputs: dict[int, dict] = {}
         for key in arrays.files:
@@ -210,6 +215,17 @@ def _child(file: str, signature: str, accelerator: str, precision: str, folder: 
         os._exit(_TRY_AGAIN)
     np.savez(Path(folder) / "outputs.npz", **outputs)
     os._exit(0)  # the driver's threads may outlive the interpreter, which ends badly
+
+
+def leave_with(parent: int) -> None:
+    """Ends this process soon after its parent of that number, however that one was ended."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def gpu_available() -> str:

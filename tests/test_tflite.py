@@ -2,14 +2,17 @@
 faults for the lint."""
 
 import os
+import subprocess
+import sys
 
 import flatbuffers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 from ai_edge_litert import schema_py_generated as schema
-from commands import run
+from commands import ROOT, run
 from flax.traverse_util import flatten_dict
 from jax import lax
 
@@ -409,6 +412,19 @@ def test_what_the_accelerator_has_not_is_refused_by_name(tmp_path, gpu):
 def test_recipes_that_cannot_be_read(text):
     with pytest.raises(quantize.RecipeError, match="weights"):
         quantize.recipe(text)
+
+
+def test_a_file_under_way_ends_with_who_asked_for_it():
+    child = "import sys, time; from convert import verify; "
+    child += "verify.leave_with(int(sys.argv[1])); time.sleep(99)"
+    parent = "import os, subprocess, sys; command = [sys.executable, '-c', sys.argv[1]]; "
+    parent += "child = subprocess.Popen([*command, str(os.getpid())]); "
+    parent += "print(child.pid, flush=True); child.wait()"
+    command = [sys.executable, "-c", parent, child]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        started = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    assert not psutil.wait_procs([started], timeout=60)[1]
 
 
 def test_psnr_and_ssim():
