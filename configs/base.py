@@ -109,7 +109,8 @@ def quick(config: ConfigDict) -> ConfigDict:
         config.loss.clip, config.loss.guard = 1e-3, True
     if config.stage == "dmd2":
         config.distill.steps, config.distill.ratio, config.distill.warmup = 2, 1, 1
-        config.distill.score_lr, config.loss.guidance = 3e-4, 2.0
+        config.distill.score_lr = 3e-4
+        config.loss.guidance = config.loss.edit_guidance = 2.0
     config.image_size, config.max_ratio, config.text_length = 64, 1.0, 0
     config.model, config.unet, config.init_from = "tiny", "nano", ""
     config.overrides, config.autoencoder = ConfigDict(), ConfigDict()

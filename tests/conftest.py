@@ -14,14 +14,28 @@ import pytest
 # Of tests and of what they start: libtpu, which they compile for, is no device here and says so.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GALLIVM_PERF", "nopt")  # of the Vulkan driver: few pictures, many shaders
+# Likewise of XLA: few steps are compiled fast rather than well.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # A shell's background jobs ignore Ctrl-C, and so would what tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
 
 
+# The slowest files, slowest first but for the third: it waits behind the first, which is one test.
+SLOWEST = (
+    *("test_demo_e2e", "test_resume", "test_own_photographs", "test_reinforcement"),
+    *("test_configs", "test_processes", "test_aot_compile", "test_bundle"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Commands first: the slowest files must not be the last, with one process left to run them."""
-    items.sort(key=lambda item: "e2e" not in item.keywords)
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        slow = item.path.stem in SLOWEST
+        return "e2e" not in item.keywords, SLOWEST.index(item.path.stem) if slow else len(SLOWEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

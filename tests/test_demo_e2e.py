@@ -10,6 +10,7 @@ import browser
 import commands
 import numpy as np
 import pytest
+import training
 from PIL import Image
 
 from launch.demos import picture, plan, summary
@@ -21,7 +22,12 @@ def start(out, cache):
     command = [sys.executable, "-m", "launch.demo", "--quick", f"--out={out}"]
     command.append(f"--compilation_cache={cache / 'programs'}")
     return subprocess.Popen(
-        command, cwd=commands.ROOT, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT
+        command,
+        cwd=commands.ROOT,
+        env=training.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

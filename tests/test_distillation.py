@@ -319,7 +319,7 @@ def test_over_baking_is_told_apart():
 @pytest.mark.e2e
 def test_a_student_becomes_a_mobile_model_and_no_teacher(cache, tmp_path):
     run, out = tmp_path / "run", tmp_path / "model"
-    training.run("shapes/distill_dmd2", run, cache)
+    training.run("distill_dmd2", run, cache)
     step, arrays, lines = training.result(run)
     assert step == 2 and {"student", "fake"} == {name.split("/")[0] for name in arrays}
     assert {"val/distance", "val/saturation/student"} <= lines[-1].keys()
@@ -331,7 +331,7 @@ def test_a_student_becomes_a_mobile_model_and_no_teacher(cache, tmp_path):
     assert commands.run("sample", *flags, "--height=64", "--width=64") == 0
 
     again = tmp_path / "again"
-    said = training.run("shapes/distill_dmd2", again, cache, f"--config.init_from={run}", code=2)
+    said = training.run("distill_dmd2", again, cache, f"--config.init_from={run}", code=2)
     assert f"the teacher would be the run {run}, a mobile model" in said.splitlines()[-1]
     assert not again.exists() or checkpoint.latest_step(again) is None
 

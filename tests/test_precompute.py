@@ -1,7 +1,6 @@
 """`launch.precompute`: what it stores is what training would compute, and is refused elsewhere."""
 
 import itertools
-import os
 import re
 import shutil
 import subprocess
@@ -180,7 +179,7 @@ def test_processes_of_several_devices_share_the_work(parts, model_dir):
         subprocess.Popen(
             [sys.executable, "-m", "launch.precompute", *flags, f"--process={k}"],
             cwd=training.ROOT,
-            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+            env=training.environment(devices=2),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

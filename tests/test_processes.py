@@ -25,7 +25,7 @@ def test_8_devices_then_4(alone, cache, tmp_path):
     said = training.run(*given, devices=8)
     assert "mesh data 1 x fsdp 8" in said
     expected = training.result(alone)[2]
-    training.assert_close(training.result(tmp_path / "run")[2], until(expected, 2))
+    training.assert_close(training.result(tmp_path / "run")[2], training.until(expected, 2))
     said = training.run(*given, "--config.steps=4", devices=4)
     assert "going on from step 2" in said
     training.assert_close(training.result(tmp_path / "run")[2], expected)
@@ -86,7 +86,3 @@ def test_rollouts_on_2_processes_of_4_devices(cache, tmp_path):
             if name.startswith(("reward", "spread", "diversity", "dropped")):
                 wanted = pytest.approx(float(theirs[name]), abs=1e-3, nan_ok=True)
                 assert float(ours[name]) == wanted, name
-
-
-def until(lines: list[dict], step: int) -> list[dict]:
-    return [line for line in lines if line["step"] <= step]

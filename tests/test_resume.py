@@ -19,6 +19,7 @@ pytestmark = pytest.mark.e2e
 STEPS, SAVED, LOGGED = 9, 3, 2  # a checkpoint between two logs: it keeps the metrics of a step
 STAGES = ("autoencoder", "phase1_t2i", "phase2_edit", "phase3_joint", "sft", "distill_dmd2")
 SPREAD = "phase3_joint"  # also killed when it goes on, and run on more devices
+LIKE_SPREAD = (SPREAD, "phase2_edit")  # of one program
 DRAWN = ("autoencoder", "phase1_t2i")  # the others draw no pictures on the way: less to compile
 
 
@@ -30,7 +31,7 @@ def undisturbed(tmp_path_factory, cache):
     def get(stage):
         if stage not in made:
             made[stage] = tmp_path_factory.mktemp(stage) / "run"
-            training.run(f"shapes/{stage}", made[stage], cache, *flags_of(stage))
+            training.run_here(f"shapes/{stage}", made[stage], cache, *flags_of(stage))
         return made[stage]
 
     return get
@@ -42,7 +43,7 @@ def flags_of(stage):
         f"--config.checkpoint.every={SAVED}",
         f"--config.log.every={LOGGED}",
         *(() if stage in DRAWN else ("--config.sample.every=0",)),
-        *((training.SMOOTH,) if stage == SPREAD else ()),
+        *((training.SMOOTH,) if stage in LIKE_SPREAD else ()),
     )
 
 
@@ -73,7 +74,8 @@ def test_a_killed_run_ends_as_an_undisturbed_one(stage, undisturbed, cache, tmp_
 
 @pytest.mark.parametrize("stage", DRAWN)
 def test_what_is_drawn_on_the_way_changes_nothing(stage, undisturbed, cache, tmp_path):
-    training.run(f"shapes/{stage}", tmp_path, cache, *flags_of(stage), "--config.sample.every=0")
+    flags = *flags_of(stage), "--config.sample.every=0"
+    training.run_here(f"shapes/{stage}", tmp_path, cache, *flags)
     assert training.result(tmp_path)[:2] == training.result(undisturbed(stage))[:2]
 
 
@@ -119,7 +121,7 @@ def test_runs_start_from_runs(undisturbed, cache, tmp_path, capsys):
     """The autoencoder of the first, the encoder of the second, the U-Net of the last. The second
     has no pane, and so is no model yet, and no teacher."""
     first, second = undisturbed("autoencoder"), tmp_path / "phase1"
-    flags = ("--config.steps=2", "--config.checkpoint.every=0")
+    flags = "--config.steps=2", "--config.checkpoint.every=0", "--config.sample.every=0"
     said = training.run("shapes/phase1_t2i", second, cache, *flags, f"--config.init_from={first}")
     assert f"vae: frozen, from the run {first}" in said
     assert "unet: trained, from scratch" in said
@@ -152,11 +154,9 @@ def test_runs_start_from_runs(undisturbed, cache, tmp_path, capsys):
 
 
 def test_2_processes_of_4_devices(undisturbed, cache, tmp_path):
-    stage = SPREAD
-    given = f"shapes/{stage}", tmp_path / "run", cache, *flags_of(stage)
+    given = f"shapes/{SPREAD}", tmp_path / "run", cache, *flags_of(SPREAD), "--config.steps=4"
     said = training.run_together(*given, processes=2, devices=4)
     assert "2 processes" in said[0]
-    last = f"step {STEPS}/{STEPS}"
-    assert last in said[0] and last not in said[1]
-    found, expected = (training.result(run)[2] for run in (tmp_path / "run", undisturbed(stage)))
-    training.assert_close(found, expected)
+    assert "step 4/4" in said[0] and "step 4/4" not in said[1]
+    found, expected = (training.result(run)[2] for run in (tmp_path / "run", undisturbed(SPREAD)))
+    training.assert_close(found, training.until(expected, 4))

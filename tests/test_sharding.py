@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import textwrap
 
 import jax
 import pytest
+import training
 from commands import ROOT
 from jax.sharding import AbstractMesh, PartitionSpec
 
@@ -210,15 +210,10 @@ REPORT = """
 
 @pytest.fixture(scope="module")
 def report():
-    flags = [
-        "--xla_force_host_platform_device_count=8",
-        # Compiled in a third of the time; the same program but for LLVM's work on it.
-        *("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"),
-    ]
     found = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(TRAINED) + textwrap.dedent(REPORT)],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"},
+        env=training.environment(devices=8),
         capture_output=True,
         text=True,
         timeout=400,

@@ -10,18 +10,31 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import commands
 import jax
 import numpy as np
 import pytest
 
 from dreamlite_jax.train import checkpoint, metrics, origins
 
-ROOT = Path(__file__).parent.parent
+ROOT = commands.ROOT
 
 
 def shared(cache: Path) -> tuple[str, ...]:
     """Flags of runs that need not make a model and compile what another has compiled."""
     return f"--compilation_cache={cache / 'programs'}", f"--config.model={cache / 'model'}"
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """Of a command's process: so many devices, and no PyTorch, as where nothing is compared with
+    it. (transformers imports it wherever it is, which takes seconds.)"""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT / "tests" / "no_torch"),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+        f"--xla_force_host_platform_device_count={devices}",
+    }
 
 
 def start(config: str, workdir: Path, cache: Path, *flags: str, devices: int = 1, **kw):
@@ -37,17 +50,17 @@ def start(config: str, workdir: Path, cache: Path, *flags: str, devices: int = 1
             *flags,
         ],
         cwd=ROOT,
-        env={
-            **os.environ,
-            # Few steps: compiled fast rather than well.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-            f"--xla_force_host_platform_device_count={devices}",
-            "JAX_PLATFORMS": "cpu",
-        },
+        env=environment(devices),
         stdout=log.open("a"),
         stderr=subprocess.STDOUT,
         **kw,
     )
+
+
+def run_here(config: str, workdir: Path, cache: Path, *flags: str) -> None:
+    """The same to its end in this process, which spares a start."""
+    given = f"--config={ROOT / 'configs' / config}.py:quick", f"--workdir={workdir}"
+    assert commands.run("train", *given, *shared(cache), *flags) == 0
 
 
 def run(config: str, workdir: Path, cache: Path, *flags: str, code: int = 0, **kw) -> str:
@@ -125,6 +138,10 @@ SMOOTH = "--config.optim.eps=1e-3"
 RTOL = 3e-5
 
 
+def until(lines: list[dict], step: int) -> list[dict]:
+    return [line for line in lines if line["step"] <= step]
+
+
 def assert_close(found: list[dict], expected: list[dict]) -> None:
     """Metrics of the same steps on other devices: losses and gradient norms agree within RTOL."""
     assert [line["step"] for line in found] == [line["step"] for line in expected]
@@ -154,11 +171,10 @@ def assert_parameters_close(found: Path, expected: Path, steps: int) -> None:
 def on_devices(module: str, count: int = 8) -> None:
     """Calls `on_devices(count)` of a module of the tests in a process that has so many."""
     code = f"import sys; sys.path[:0] = ['tests']; import {module}; {module}.on_devices({count})"
-    devices = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env={**os.environ, **devices, "JAX_PLATFORMS": "cpu"},
+        env=environment(count),
         capture_output=True,
         text=True,
     )
