@@ -174,7 +174,7 @@ def report(
         "memory": f"{found.memory / gib:.2f} GiB of {hbm(kind) / gib:.0f}: arguments "
         f"{found.arguments / gib:.2f} (state {on_a_device(state) / gib:.2f}), temporary "
         f"{found.temporary / gib:.2f}, outputs {found.outputs / gib:.2f}",
-        "beside it": f"{figures['beside'] / gib:.2f} GiB of networks that it makes no use of",
+        "beside it": f"{figures['beside'] / gib:.2f} GiB of parameters that it makes no use of",
         "arithmetic": f"{least}{found.flops / tera:.2f} TFLOP{once}; the model's "
         f"{model / tera:.2f}",
         "traffic": f"{least}{found.bytes / gib:.1f} GiB{once}",

@@ -1,4 +1,4 @@
-"""Every config's quick variant runs, and leaves what a run leaves."""
+"""Every config's quick variant runs, and leaves what a run leaves: here, or where it is said."""
 
 import importlib
 
@@ -33,9 +33,9 @@ def variants() -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", [names[0] for names in variants().values()])
-def test_quick(name, cache, tmp_path):
-    training.run_here(name, tmp_path, cache)
+@pytest.mark.parametrize("names", variants().values(), ids="+".join)
+def test_quick(names, cache, tmp_path):
+    training.run_here(names[0], tmp_path, cache)
     assert checkpoint.latest_step(tmp_path) == 2
     assert [line["step"] for line in metrics.read_metrics(tmp_path) if "loss" in line] == [1, 2]
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2

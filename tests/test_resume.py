@@ -62,11 +62,12 @@ def test_a_killed_run_ends_as_an_undisturbed_one(stage, undisturbed, cache, tmp_
     after_saving(process, run)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    if stage == SPREAD:  # in its start, while it restores or compiles, as fast as the machine is
-        process = training.start(*given)
-        time.sleep(7)
+    if stage == SPREAD:  # in its start, restored and not yet compiled
+        process, log = training.start(*given), tmp_path / "run.0.log"
+        while process.poll() is None and "going on from step" not in log.read_text():
+            time.sleep(0.01)
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     said = training.run(*given)
     assert f"going on from step {SAVED} of" in said
     assert training.result(run) == expected, said

@@ -1,9 +1,11 @@
 """The networks as .tflite files: against JAX on the CPU and on the GPU accelerator, with planted
 faults for the lint."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 
 import flatbuffers
 import jax
@@ -414,17 +416,25 @@ def test_recipes_that_cannot_be_read(text):
         quantize.recipe(text)
 
 
-def test_a_file_under_way_ends_with_who_asked_for_it():
-    child = "import sys, time; from convert import verify; "
-    child += "verify.leave_with(int(sys.argv[1])); time.sleep(99)"
-    parent = "import os, subprocess, sys; command = [sys.executable, '-c', sys.argv[1]]; "
-    parent += "child = subprocess.Popen([*command, str(os.getpid())]); "
-    parent += "print(child.pid, flush=True); child.wait()"
-    command = [sys.executable, "-c", parent, child]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        started = psutil.Process(int(process.stdout.readline()))
+def test_a_file_under_way_ends_with_who_asked_for_it(tmp_path):
+    """The file is a pipe, which never ends."""
+    file = tmp_path / "f.tflite"
+    os.mkfifo(file)
+    code = "import sys; from convert import verify; verify.run(sys.argv[1], 'f', [{}])"
+    with subprocess.Popen([sys.executable, "-c", code, str(file)], cwd=ROOT) as process:
+        while True:
+            with contextlib.suppress(OSError):  # nobody reads yet
+                pipe = os.open(file, os.O_WRONLY | os.O_NONBLOCK)
+                break
+            assert process.poll() is None
+            time.sleep(0.1)
+        (child,) = psutil.Process(process.pid).children()
         process.kill()
-    assert not psutil.wait_procs([started], timeout=60)[1]
+    deadline = time.monotonic() + 60
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.close(pipe)
 
 
 def test_psnr_and_ssim():

@@ -31,7 +31,7 @@ from dreamlite_jax.train import (
     stages,
 )
 from dreamlite_jax.train import config as train_config
-from dreamlite_jax.train.state import new_state
+from dreamlite_jax.train.state import networks, new_state
 from dreamlite_jax.train.update import StepFn, make_update
 
 STEP, ROLLOUT = "step", "rollout"
@@ -52,7 +52,7 @@ class Step(NamedTuple):
     frozen: Any
     batch: Any
     flops: float
-    beside: Any = None  # networks that it makes no use of, and a run holds
+    beside: Any = None  # parameters that it makes no use of, and a run holds
 
 
 class Abstract(NamedTuple):
@@ -66,7 +66,8 @@ class Abstract(NamedTuple):
 
 def step_of(raw: ConfigDict, mesh: Mesh, update: str = STEP) -> Abstract:
     """The step of a config or what `update` says of it, shapes of its arguments on the mesh and of
-    the networks that a run holds beside them, and the FLOPs of the model's arithmetic.
+    what a run holds beside them (networks, and the parameters before a step that is logged), and
+    the FLOPs of the model's arithmetic.
 
     Raises:
       ConfigError: there is no such step.
@@ -121,6 +122,8 @@ def step_of(raw: ConfigDict, mesh: Mesh, update: str = STEP) -> Abstract:
     rules, rows = train_config.rules_of(raw), NamedSharding(mesh, sharding.ROWS)
     # Compiled without what the step makes no use of, but held by a run all the same.
     unused = {name: net for name, net in encoders.items() if name not in step.frozen}
+    if update == STEP:  # one that is logged; the others have none
+        unused["before"] = {name: one.params for name, one in networks(step.state).items()}
     state, frozen, beside = (
         placed(x, sharding.shardings(x, rules, mesh))
         for x in (step.state, step.frozen, {**unused, **(step.beside or {})})

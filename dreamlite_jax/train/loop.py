@@ -37,10 +37,10 @@ class Predictions(NamedTuple):
 class Stage(NamedTuple):
     """A kind of training.
 
-    `init_fn(key) -> (state, frozen)` puts both where they belong on the devices; only the state is
-    donated and saved. `step_fn(state, frozen, batch, key) -> (state, metrics)` is compiled.
-    `batch_fn`, where there is one, turns a batch into another first (rollouts of a policy); its
-    last argument is the batch's number.
+    `init_fn(key) -> (state, frozen)` puts both where they belong on the devices; only the state, a
+    `TrainState` or a dict of them, is donated and saved. `step_fn(state, frozen, batch, key) ->
+    (state, metrics)` is compiled. `batch_fn`, where there is one, turns a batch into another first
+    (rollouts of a policy); its last argument is the batch's number.
     `predict_fns` by name: `(state, frozen, step) -> Predictions`.
     """
 
@@ -146,15 +146,17 @@ def fit(
                     batch = stage.batch_fn(state, frozen, batch, key, done)
                     making += time.monotonic() - began
                 logged = due(done + 1, schedule.log_every) or done + 1 == schedule.steps
+                # The first, too, so that all is compiled, and fits, before the clock starts.
                 before = _held(networks(state)) if logged or clock is None else None
                 state, found = step_fn(state, frozen, batch, key)
                 window.append(found)
                 done += 1
                 moved = _moved(before, networks(state)) if before else {}
+                before = None
                 # One step ahead of the devices and no more: batches must not pile up.
                 jax.block_until_ready(window[-2:][0])
                 if clock is None:
-                    jax.block_until_ready(found)
+                    jax.block_until_ready((found, moved))
                     clock = Interval(done, time.monotonic())  # the first step was compiled
                     making = 0.0
                 if logged:
@@ -243,8 +245,9 @@ def _held(states: Mapping[str, TrainState]) -> dict[str, tuple[jax.Array, Params
 def _moved(
     before: Mapping[str, tuple[jax.Array, Params]], states: Mapping[str, TrainState]
 ) -> dict[str, jax.Array]:
-    """How far a step has moved the parameters of each network, `update_norm`; NaN of a network
-    that was not its turn."""
+    """How far a step has moved the parameters of each network in all its updates, `update_norm`:
+    the norm of the difference. 0 where they were skipped, NaN of a network whose turn it was not.
+    Of the logged step alone, where other metrics are means over all steps since the last log."""
     found = {}
     for name, one in states.items():
         step, params = before[name]

@@ -323,10 +323,8 @@ def make_step(loss_fn: LossFn, optimisation: stages.Optimisation, updates: int) 
     def step_fn(state: TrainState, frozen: Any, batch: Any, key: Array):
         def one(state: TrainState, at: Any):
             rows, number = at
-            new, found = update(state, frozen, rows, jax.random.fold_in(key, number))
             learns = once((rows["weight"] > 0).any())
-            same = state._replace(step=new.step)
-            return jax.tree.map(lambda a, b: jnp.where(learns, a, b), new, same), found
+            return update(state, frozen, rows, jax.random.fold_in(key, number), learns)
 
         rows = split_rows(batch["rows"], updates)
         state, found = lax.scan(one, state, (rows, jnp.arange(updates)))

@@ -42,7 +42,7 @@ def make_update(
     trained: str = "",
     ema_warmup: bool = True,
 ) -> StepFn:
-    """`(state, frozen, batch, key) -> (state, metrics)`.
+    """`(state, frozen, batch, key, learns=True) -> (state, metrics)`.
 
     Args:
       tx: what becomes of gradients; its updates are added to the parameters.
@@ -55,13 +55,14 @@ def make_update(
       ema_warmup: decay is no more than (1 + n) / (10 + n) after n updates, so that the average
         forgets the first parameters.
 
-    An update with a loss or gradient that is not finite changes nothing but `skipped` and `streak`.
+    An update with a loss or gradient that is not finite changes nothing but `skipped` and `streak`;
+    one that is not to be learnt from (`learns`, a bool []) not even these.
     Metrics are float32 scalars: `loss`, `grad_norm`, `param_norm`, `skipped`, `streak`, and those
     of loss_fn (NaN where a mean is of nothing). How far an update goes is measured by the loop, now
     and then: a CPU would take as long for it as for the update.
     """
 
-    def update(state: TrainState, frozen: Any, batch: Any, key: Array):
+    def update(state: TrainState, frozen: Any, batch: Any, key: Array, learns: Array | bool = True):
         grads, metrics = gradients(loss_fn, state.params, frozen, batch, key, accumulation, trained)
         grad_norm = once(norm(grads))
         fine = once(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
@@ -80,10 +81,11 @@ def make_update(
 
         # Not selected number by number: XLA's CPU compiler would write every result twice.
         held = (state.params, state.opt_state, state.ema)
-        params, opt_state, ema = lax.cond(fine, applied, lambda held, _: held, held, grads)
+        params, opt_state, ema = lax.cond(fine & learns, applied, lambda held, _: held, held, grads)
 
-        bad = (~fine).astype(jnp.int32)
-        skipped, streak = state.skipped + bad, (state.streak + 1) * bad
+        bad = (~fine & learns).astype(jnp.int32)
+        skipped = state.skipped + bad
+        streak = jnp.where(learns, (state.streak + 1) * bad, state.streak)
         state = TrainState(state.step + 1, params, opt_state, ema, skipped, streak)
         metrics |= {
             "grad_norm": grad_norm,
