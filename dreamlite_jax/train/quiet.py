@@ -33,6 +33,7 @@ def _run_to_the_end(coroutine: Coroutine[Any, Any, T]) -> T:
     them leaves a traceback: thousands for a full disk or a damaged file.
     """
     loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # of those that have failed, too, unasked
     try:
         return loop.run_until_complete(coroutine)
     except Exception:
