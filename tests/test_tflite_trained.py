@@ -16,7 +16,6 @@ from dreamlite_jax.models.qwen3_vl.model import blank_inputs
 
 CONFIG = tiny.config(mobile=True)._replace(unet=unet_config.NANO)
 STEPS, TOKENS = 40, 12
-QUICKLY = {"xla_backend_optimization_level": 0}  # few steps: compiled fast rather than well
 
 
 @functools.cache
@@ -36,7 +35,7 @@ def trained(network):
     params, adam, losses = tiny.random_params(component, config), optax.adam(1e-2), []
     target = drawn(jax.eval_shape(lambda p: module.apply({"params": p}, *example), params))
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @jax.jit
     def step(params, state):
         def loss(params):
             return jnp.mean((module.apply({"params": params}, *example) - target) ** 2)
