@@ -144,19 +144,16 @@ def until(lines: list[dict], step: int) -> list[dict]:
 
 
 def assert_close(found: list[dict], expected: list[dict]) -> None:
-    """Metrics of the same steps on other devices, with `SMOOTH`: losses and gradient norms agree
-    within RTOL, norms of updates and parameters, to which several of these add, within ten times
-    that."""
+    """Metrics of the same steps on other devices, with `SMOOTH`: losses and norms agree within
+    RTOL."""
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()
         for name in theirs:
-            if name.startswith(("loss", "val/", "grad_norm")):
+            if name.startswith(("loss", "val/")) or name.endswith("_norm"):
                 # NaN: the mean of no row.
                 wanted = pytest.approx(float(theirs[name]), rel=RTOL, nan_ok=True)
                 assert float(ours[name]) == wanted, name
-            elif name in ("update_norm", "param_norm"):
-                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=10 * RTOL), name
 
 
 def assert_parameters_close(found: Path, expected: Path, steps: int) -> None:
