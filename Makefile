@@ -10,11 +10,11 @@ demo: $(VENV)/.demo
 	$(RUN) -m launch.demo $(if $(QUICK),--quick)
 
 # Without a driver the tests that need one say so and are skipped; under CI=true they fail.
-# Parity is that of code as XLA optimises it, the rest is compiled fast (tests/conftest.py).
+# Parity is that of code as XLA optimises it; most of the rest is compiled fast (tests/conftest.py).
 test: lint
 	@$(RUN) -m convert.vulkan || true
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity"
-	XLA_FLAGS= $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m parity
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not (parity or optimised)"
+	XLA_FLAGS= $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "parity or optimised"
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

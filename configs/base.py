@@ -111,7 +111,7 @@ def quick(config: ConfigDict) -> ConfigDict:
         config.distill.steps, config.distill.ratio, config.distill.warmup = 2, 1, 1
         config.distill.score_lr = 3e-4
         config.loss.guidance = config.loss.edit_guidance = 2.0
-    config.image_size, config.max_ratio, config.text_length = 64, 1.0, 0
+    config.image_size, config.max_ratio, config.text_length = 64, 1.0, 160
     config.model, config.unet, config.init_from = "tiny", "nano", ""
     config.overrides, config.autoencoder = ConfigDict(), ConfigDict()
     config.dtype, config.remat = "float32", "none"
@@ -125,7 +125,8 @@ def quick(config: ConfigDict) -> ConfigDict:
     config.optim.lr, config.optim.schedule, config.optim.decay_from = 1e-3, "constant", 0.0
     config.optim.warmup, config.ema_decay = 0, 0.9
     config.mesh.data, config.mesh.fsdp = 1, -1
-    config.checkpoint.every = config.log.every = config.sample.every = 1
+    config.checkpoint.every = 0  # but at the end
+    config.log.every = config.sample.every = 1
     config.sample.rows, config.sample.steps = 2, 2
     return config
 

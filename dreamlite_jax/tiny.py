@@ -2,7 +2,7 @@
 
 "tiny" is for first steps and tests, "shapes" is large enough to learn the shapes world. Pictures of
 a random model are noise; all else (files, shapes, modes, tokens to drop) is as in a released model,
-and diffusers opens the directory.
+but for the side at which sources are seen, and diffusers opens the directory.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ SPECIAL_TOKENS = (
 )
 VOCAB_SIZE = 512
 PRESETS = ("tiny", "shapes")
-# The encoder of "shapes" sees sources at 64 px instead of 512: 4 tokens instead of 256.
-_SHAPES_IMAGE_SIDE = 64
+# Side in pixels at which encoders see sources: 4 tokens of each, not 256 as with a released 512.
+IMAGE_SIDE = 64
 _CAPTIONS = 2000  # of each task, that the tokenizer of "shapes" is made of
 
 # preprocessor_config.json and video_preprocessor_config.json as Qwen3-VL is released with them.
@@ -57,7 +57,9 @@ _VIDEOS = {
 }
 
 
-def config(mobile: bool = False, preset: str = "tiny") -> system.Config:
+def config(
+    mobile: bool = False, preset: str = "tiny", image_side: int = IMAGE_SIDE
+) -> system.Config:
     """The networks of a preset together; the encoder's vocabulary has room for `tokenizer`."""
     if preset == "shapes":
         return system.Config(
@@ -65,7 +67,7 @@ def config(mobile: bool = False, preset: str = "tiny") -> system.Config:
             vae=autoencoder.SHAPES,
             text_encoder=qwen3_vl.SHAPES,
             drop=prompts.drop_counts(tokenizer(preset)),
-            image_side=_SHAPES_IMAGE_SIDE,
+            image_side=image_side,
             mobile=mobile,
         )
     encoder = qwen3_vl.TINY
@@ -75,6 +77,7 @@ def config(mobile: bool = False, preset: str = "tiny") -> system.Config:
         vae=autoencoder.TINY,
         text_encoder=dataclasses.replace(encoder, text=text),
         drop=prompts.drop_counts(tokenizer()),
+        image_side=image_side,
         mobile=mobile,
     )
 
@@ -122,12 +125,11 @@ def tokenizer(preset: str = "tiny") -> Any:
     )
 
 
-def write_processor(folder: Path, encoder: qwen3_vl.Qwen3VLConfig, preset: str = "tiny") -> None:
+def write_processor(folder: Path, settings: system.Config, preset: str = "tiny") -> None:
     """A `processor/` folder in the released form, for the encoder's patches, with the tokenizer."""
-    vision = encoder.vision
-    images = dict(_IMAGES)
-    if preset == "shapes":
-        images["size"] = {**images["size"], "shortest_edge": _SHAPES_IMAGE_SIDE**2}
+    vision, size = settings.text_encoder.vision, _IMAGES["size"]
+    least = min(size["shortest_edge"], settings.image_side**2)
+    images = {**_IMAGES, "size": {**size, "shortest_edge": least}}
     patches = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
@@ -169,13 +171,17 @@ def random_params(
 
 
 def tiny_model_dir(
-    model_dir: str | os.PathLike, seed: int = 0, mobile: bool = False, preset: str = "tiny"
+    model_dir: str | os.PathLike,
+    seed: int = 0,
+    mobile: bool = False,
+    preset: str = "tiny",
+    image_side: int = IMAGE_SIDE,
 ) -> Path:
     """Writes a complete random model directory (14 MB; "shapes" 20 MB) and returns its path.
 
     The tokens to drop are counted with the tokenizer that is written, never taken from elsewhere.
     """
-    folder, settings = Path(model_dir), config(mobile, preset)
+    folder, settings = Path(model_dir), config(mobile, preset, image_side)
     for name, component in system.NETWORKS.items():
         network = getattr(settings, name)
         params = random_params(component, network, seed)
@@ -183,6 +189,6 @@ def tiny_model_dir(
     with pretrained.replaced_folder(folder / "tokenizer") as new:
         tokenizer(preset).save_pretrained(new)
     with pretrained.replaced_folder(folder / "processor") as new:
-        write_processor(new, settings.text_encoder, preset)
+        write_processor(new, settings, preset)
     system.write_settings(folder, settings)
     return folder

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from dreamlite_jax import cli
+
 # Of tests and of what they start: libtpu, which they compile for, is no device here and says so.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GALLIVM_PERF", "nopt")  # of the Vulkan driver: few pictures, many shaders
-# Likewise of XLA: few steps are compiled fast rather than well.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", cli.COMPILED_FAST)  # likewise
 # A shell's background jobs ignore Ctrl-C, and so would what tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
-
 
 # The slowest files, slowest first but for the third: it waits behind the first, which is one test.
 SLOWEST = (

@@ -317,6 +317,7 @@ def guided(xt, sigma, scale=2.0):
 BOUND, UPDATES = 0.07, 1000
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     "teacher_fn, number, updates",
     [(one, 1, 4 * UPDATES), (one, 4, UPDATES), (guided, 1, UPDATES), (guided, 4, UPDATES)],
@@ -338,6 +339,7 @@ def test_samples_match_the_teachers_distribution(teacher_fn, number, updates):
         assert stats.ks_2samp(before, wanted).statistic > 4 * BOUND
 
 
+@pytest.mark.optimised
 def test_compared_everywhere_the_last_step_loses_its_spread():
     """As DMD2 has it, one fake score for all steps: why `within` is the default."""
     everywhere = dmd2.Settings(within=False)

@@ -138,6 +138,7 @@ def test_rates():
     assert line == (
         "step 1200/50000  loss 0.1235  2.00 steps/s  128 images/s  mfu 30 %  6:46:40 left"
     )
+    assert interval.plus_making(20.0).plus_making(5.0).making_share(170.0) == 0.25
     slow = interval.rates(1000, 170.0, 50000, 64)
     assert metrics.progress_line(1000, 50000, {}, slow) == "step 1000/50000"
     assert [metrics._short(x) for x in (0.00312, 0.51, 9.999, 21.84, 3210.6)] == [

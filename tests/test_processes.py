@@ -1,6 +1,7 @@
 """One run on other numbers of devices and processes, one after the other: the same losses."""
 
 import signal
+import time
 
 import pytest
 import training
@@ -53,32 +54,39 @@ def test_2_processes_of_4_devices_then_1(cache, tmp_path):
     training.assert_parameters_close(run, expected, step + 2)
 
 
-def test_one_of_2_processes_is_killed(cache, tmp_path):
-    """The other leaves at once, in one line, and both go on with what was saved."""
+def test_each_of_2_processes_is_killed(cache, tmp_path):
+    """The other leaves at once, in one line, and all go on with what was saved."""
     run = tmp_path / "run"
-    given = cache, "--config.sample.every=0", "--config.checkpoint.every=4"
-    with training.together(STAGE, run, *given, "--config.steps=100000", processes=2) as started:
-        training.after_steps(started[0], tmp_path / "run.0.log", 6)
-        started[1].kill()
-        assert started[0].wait(60) == signals.EXIT_TO_RESUME
-    errors = [x for x in training.sayings(run, 2)[0].splitlines() if x.startswith("error: ")]
-    assert len(errors) == 1 and "process 0 of 2: another one has ended" in errors[0]
+    given = STAGE, run, cache, "--config.sample.every=0", "--config.checkpoint.every=4"
+    for lost, left in ((1, 0), (0, 1)):  # process 0 is the one by which they find each other
+        log, before = tmp_path / f"run.{left}.log", checkpoint.latest_step(run) or 0
+        with training.together(*given, "--config.steps=100000", processes=2) as started:
+            while started[lost].poll() is None and (checkpoint.latest_step(run) or 0) <= before:
+                time.sleep(0.01)
+            started[lost].kill()
+            code = started[left].wait(60)
+        said = log.read_text()
+        # JAX watches over process 0 itself; where it is faster, it ends the other in its own way.
+        assert code == signals.EXIT_TO_RESUME or (lost == 0 and code == -signal.SIGABRT), said
+        if code == signals.EXIT_TO_RESUME:
+            (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+            assert f"process {left} of 2: another one has ended" in error
     step = checkpoint.latest_step(run)
-    assert step >= 4
-    said = training.run_together(STAGE, run, *given, f"--config.steps={step + 2}", processes=2)
-    assert f"going on from step {step}" in said[0]
+    assert step >= 8
+    said = training.run(*given, f"--config.steps={step + 2}")
+    assert f"going on from step {step}" in said
 
 
-def test_rollouts_on_2_processes_of_4_devices(cache, tmp_path):
+def test_rollouts_on_2_processes_of_2_devices(cache, tmp_path):
     """Of the networks themselves, spread: each process asks about its own pictures."""
     flags = (
-        *(training.SMOOTH, "--config.batch_size=32", "--config.rl.updates=1"),
-        *("--config.sample.every=0", "--config.steps=3"),
+        *(training.SMOOTH, "--config.batch_size=16", "--config.rl.updates=1"),
+        *("--config.sample.every=0", "--config.steps=2"),
     )
     one, several = tmp_path / "one", tmp_path / "several"
     training.run("shapes/rl_nft", one, cache, *flags)
-    said = training.run_together("shapes/rl_nft", several, cache, *flags, processes=2, devices=4)
-    assert "32 pictures = 8 prompts x 4 a group = 8 devices x 4 at a time" in said[0]
+    said = training.run_together("shapes/rl_nft", several, cache, *flags, processes=2, devices=2)
+    assert "16 pictures = 4 prompts x 4 a group = 4 devices x 4 at a time" in said[0]
     found, expected = (training.result(run)[2] for run in (several, one))
     training.assert_close(found, expected)
     for ours, theirs in zip(found, expected, strict=True):

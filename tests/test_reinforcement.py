@@ -419,18 +419,20 @@ def test_a_run_whose_rewards_go_away_ends_as_one_that_was_not_disturbed(
     # Of the first of two updates, and of both: by the second the policy is another.
     assert first.get("ratio_deviation", 0) < 1e-5 and first["kl"] > 1e-5
     assert ("ratio_deviation" in first) == (config == "rl_grpo")
-
-    beyond = {"kl": -1.0, "dropped": -1.0, "spread": 1e9, "diversity": 1e9}
-    limits = [f"--config.rl.limits.{name}={limit}" for name, limit in beyond.items()]
-    ended = tmp_path / "ended"
-    assert commands.run("train", *given, *limits, f"--workdir={ended}") == 2
-    said = capsys.readouterr().err
-    assert all(f"{name} is " in said for name in beyond) and "up to step 1, should be" in said
-    assert checkpoint.latest_step(ended) == 1
-
     out = tmp_path / "model"
     assert commands.run("convert.export", f"--workdir={whole}", f"--out={out}") == 0
     assert system.load(out).config.unet == unet_config.NANO
+
+
+@pytest.mark.e2e
+def test_a_run_beyond_its_limits_is_saved_and_ends(cache, tmp_path, capsys):
+    beyond = {"kl": -1.0, "dropped": -1.0, "spread": 1e9, "diversity": 1e9}
+    limits = [f"--config.rl.limits.{name}={limit}" for name, limit in beyond.items()]
+    given = quick_of("rl_nft"), *training.shared(cache), "--config.sample.every=0", *limits
+    assert commands.run("train", *given, f"--workdir={tmp_path}") == 2
+    said = capsys.readouterr().err
+    assert all(f"{name} is " in said for name in beyond) and "up to step 1, should be" in said
+    assert checkpoint.latest_step(tmp_path) == 1
 
 
 def on_devices(count):

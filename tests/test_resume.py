@@ -16,7 +16,7 @@ from dreamlite_jax.train import checkpoint, origins
 
 pytestmark = pytest.mark.e2e
 
-STEPS, SAVED, LOGGED = 9, 3, 2  # a checkpoint between two logs: it keeps the metrics of a step
+STEPS, SAVED, LOGGED = 6, 3, 2  # a checkpoint between two logs: it keeps the metrics of a step
 # Without phase2_edit, which is phase3_joint with its data in another order.
 STAGES = ("autoencoder", "phase1_t2i", "phase3_joint", "sft", "distill_dmd2")
 SPREAD = "phase3_joint"  # also killed when it goes on, and run on more devices
@@ -25,13 +25,14 @@ DRAWN = ("autoencoder",)  # the others draw no pictures on the way: less to comp
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, cache):
-    """The run of a stage from start to end."""
+    """The run of a stage from start to end, which saves nothing on the way."""
     made = {}
 
     def get(stage):
         if stage not in made:
             made[stage] = tmp_path_factory.mktemp(stage) / "run"
-            training.run_here(f"shapes/{stage}", made[stage], cache, *flags_of(stage))
+            flags = *flags_of(stage), "--config.checkpoint.every=0"
+            training.run_here(f"shapes/{stage}", made[stage], cache, *flags)
         return made[stage]
 
     return get
@@ -54,7 +55,7 @@ def after_saving(process, workdir):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_ends_as_an_undisturbed_one(stage, undisturbed, cache, tmp_path):
+def test_a_killed_run_ends_as_an_undisturbed_one(stage, undisturbed, cache, tmp_path, caplog):
     expected = training.result(undisturbed(stage))
     run = tmp_path / "run"
     given = f"shapes/{stage}", run, cache, *flags_of(stage)
@@ -68,9 +69,10 @@ def test_a_killed_run_ends_as_an_undisturbed_one(stage, undisturbed, cache, tmp_
             time.sleep(0.01)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    said = training.run(*given)
-    assert f"going on from step {SAVED} of" in said
-    assert training.result(run) == expected, said
+    caplog.clear()
+    training.run_here(*given)
+    assert f"going on from step {SAVED} of" in caplog.text
+    assert training.result(run) == expected
 
 
 @pytest.mark.parametrize("stage", DRAWN)
@@ -80,7 +82,7 @@ def test_what_is_drawn_on_the_way_changes_nothing(stage, undisturbed, cache, tmp
     assert training.result(tmp_path)[:2] == training.result(undisturbed(stage))[:2]
 
 
-def test_asked_to_leave_a_run_saves_and_says_so(cache, tmp_path):
+def test_asked_to_leave_a_run_saves_and_says_so(cache, tmp_path, caplog):
     given = "shapes/autoencoder", tmp_path / "run", cache, "--config.checkpoint.every=0"
     process = training.start(*given, "--config.steps=100000")
     training.after_steps(process, tmp_path / "run.0.log", 2)
@@ -90,13 +92,13 @@ def test_asked_to_leave_a_run_saves_and_says_so(cache, tmp_path):
     step = checkpoint.latest_step(tmp_path / "run")
     assert f"asked to leave: saved step {step} of 100000" in said
 
-    said = training.run(*given, f"--config.steps={step + 1}")
-    assert f"going on from step {step}" in said
-    assert "going on with another config: steps was 100000" in said
+    training.run_here(*given, f"--config.steps={step + 1}")
+    assert f"going on from step {step}" in caplog.text
+    assert "going on with another config: steps was 100000" in caplog.text
     assert checkpoint.latest_step(tmp_path / "run") == step + 1
 
 
-def test_a_full_disk_ends_a_run_in_one_line_and_leaves_what_it_had(tiny_disk, cache, tmp_path):
+def test_a_full_disk_ends_a_run_in_one_line_and_leaves_what_it_had(tiny_disk, cache, tmp_path, caplog):
     flags = "--config.checkpoint.every=1", "--config.checkpoint.keep=99", "--config.sample.every=0"
     given = cache, *flags
     said = training.run("shapes/autoencoder", tiny_disk, *given, "--config.steps=99", code=2)
@@ -105,8 +107,8 @@ def test_a_full_disk_ends_a_run_in_one_line_and_leaves_what_it_had(tiny_disk, ca
     step = checkpoint.latest_step(tiny_disk)
     shutil.copytree(tiny_disk, tmp_path / "elsewhere")
     more = f"--config.steps={step + 1}"
-    said = training.run("shapes/autoencoder", tmp_path / "elsewhere", *given, more)
-    assert f"going on from step {step} of" in said
+    training.run_here("shapes/autoencoder", tmp_path / "elsewhere", *given, more)
+    assert f"going on from step {step} of" in caplog.text
 
 
 def test_a_run_that_diverges_ends_in_one_line_and_keeps_what_it_had(cache, tmp_path):
@@ -118,24 +120,26 @@ def test_a_run_that_diverges_ends_in_one_line_and_keeps_what_it_had(cache, tmp_p
     assert step > 1 and arrays
 
 
-def test_runs_start_from_runs(undisturbed, cache, tmp_path, capsys):
+def test_runs_start_from_runs(undisturbed, cache, tmp_path, capsys, caplog):
     """The autoencoder of the first, the encoder of the second, the U-Net of the last. The second
     has no pane, and so is no model yet, and no teacher."""
     first, second = undisturbed("autoencoder"), tmp_path / "phase1"
     flags = "--config.steps=2", "--config.checkpoint.every=0", "--config.sample.every=0"
-    said = training.run("shapes/phase1_t2i", second, cache, *flags, f"--config.init_from={first}")
-    assert f"vae: frozen, from the run {first}" in said
-    assert "unet: trained, from scratch" in said
+    training.run_here("shapes/phase1_t2i", second, cache, *flags, f"--config.init_from={first}")
+    assert f"vae: frozen, from the run {first}" in caplog.text
+    assert "unet: trained, from scratch" in caplog.text
     out = tmp_path / "model"
     assert commands.run("convert.export", f"--workdir={second}", f"--out={out}") == 2
     assert "does without the source's pane" in capsys.readouterr().err and not out.exists()
     student = "distill_dmd2", tmp_path / "student", cache, f"--config.init_from={second}"
-    assert "has never seen the source's pane" in training.run(*student, code=2).splitlines()[-1]
+    training.run_here(*student, code=2)
+    assert "has never seen the source's pane" in capsys.readouterr().err.splitlines()[-1]
     third = tmp_path / "sft"
-    said = training.run("shapes/sft", third, cache, *flags, f"--config.init_from={second}")
-    assert f"vae: frozen, from the run {first}" in said
-    assert f"text_encoder: frozen, from the run {second}" in said
-    assert f"unet: trained, from the run {second}" in said
+    caplog.clear()
+    training.run_here("shapes/sft", third, cache, *flags, f"--config.init_from={second}")
+    assert f"vae: frozen, from the run {first}" in caplog.text
+    assert f"text_encoder: frozen, from the run {second}" in caplog.text
+    assert f"unet: trained, from the run {second}" in caplog.text
 
     assert commands.run("convert.export", f"--workdir={third}", f"--out={out}") == 0
     exported = system.load(out)
@@ -155,9 +159,9 @@ def test_runs_start_from_runs(undisturbed, cache, tmp_path, capsys):
 
 
 def test_2_processes_of_4_devices(undisturbed, cache, tmp_path):
-    given = f"shapes/{SPREAD}", tmp_path / "run", cache, *flags_of(SPREAD), "--config.steps=4"
+    given = f"shapes/{SPREAD}", tmp_path / "run", cache, *flags_of(SPREAD), "--config.steps=2"
     said = training.run_together(*given, processes=2, devices=4)
     assert "2 processes" in said[0]
-    assert "step 4/4" in said[0] and "step 4/4" not in said[1]
+    assert "step 2/2" in said[0] and "step 2/2" not in said[1]
     found, expected = (training.result(run)[2] for run in (tmp_path / "run", undisturbed(SPREAD)))
-    training.assert_close(found, training.until(expected, 4))
+    training.assert_close(found, training.until(expected, 2))

@@ -119,6 +119,7 @@ def test_flow_leaves_noise_over_with_few_steps():
 # --- The ODE --------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("form", sde.FORMS)
 @pytest.mark.parametrize("steps", [1, 6])
 def test_without_noise_it_is_the_sampler_to_the_bit(form, steps):

@@ -40,10 +40,12 @@ def test_a_tiny_directory_is_reproducible_and_seeded(model_dir, tmp_path):
 
 
 def test_drop_counts_are_stored_only_where_they_differ(copy):
-    assert not (copy / "prompts.json").exists()
-    system.write_settings(copy, CONFIG._replace(drop=DropCounts(10, 20)))
+    assert system.read_config(copy).image_side == tiny.IMAGE_SIDE != prompts.IMAGE_SIDE
+    as_released = CONFIG._replace(image_side=prompts.IMAGE_SIDE)
+    system.write_settings(copy, as_released._replace(drop=DropCounts(10, 20)))
     assert system.read_config(copy).drop == DropCounts(10, 20)
-    system.write_settings(copy, CONFIG)
+    system.write_settings(copy, as_released)
+    assert not (copy / "prompts.json").exists()
     assert system.read_config(copy).drop == DropCounts(34, 64)
 
 

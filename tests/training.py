@@ -40,8 +40,7 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 def start(config: str, workdir: Path, cache: Path, *flags: str, devices: int = 1, **kw):
     """`python -m launch.train --config=configs/<config>.py:quick <flags>`, under way; what it says
-    goes to <workdir>.<process>.log. `cache` is the
-    fixture's folder."""
+    goes to <workdir>.<process>.log. `cache` is the fixture's folder."""
     log = Path(f"{workdir}.{kw.pop('process', 0)}.log")
     return subprocess.Popen(
         [
@@ -58,10 +57,10 @@ def start(config: str, workdir: Path, cache: Path, *flags: str, devices: int = 1
     )
 
 
-def run_here(config: str, workdir: Path, cache: Path, *flags: str) -> None:
-    """The same to its end in this process, which spares a start."""
+def run_here(config: str, workdir: Path, cache: Path, *flags: str, code: int = 0) -> None:
+    """The same to its end in this process, which spares a start; caplog has what it logs."""
     given = f"--config={ROOT / 'configs' / config}.py:quick", f"--workdir={workdir}"
-    assert commands.run("train", *given, *shared(cache), *flags) == 0
+    assert commands.run("train", *given, *shared(cache), *flags) == code
 
 
 def run(config: str, workdir: Path, cache: Path, *flags: str, code: int = 0, **kw) -> str:

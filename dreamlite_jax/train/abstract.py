@@ -77,21 +77,7 @@ def step_of(raw: ConfigDict, mesh: Mesh, update: str = STEP) -> Abstract:
             f"train is {tuple(raw.train)}, only the U-Net's step is compiled here"
         )
     loss = train_config.settings_of(train_config.STAGES[raw.stage], raw.loss, "loss")
-    network = unet_config.PRESETS.get(raw.unet or "dreamlite")
-    if network is None:
-        raise checks.ConfigError(
-            f"unet is {raw.unet!r}, known are {', '.join(unet_config.PRESETS)}"
-        )
-    network = type(network).from_dict({**network.to_dict(), **raw.overrides.to_dict()})
-    config = system.Config(
-        unet=network,
-        vae=autoencoder.TAESDXL,
-        text_encoder=None,
-        dtype=checks.DTYPES[raw.dtype],
-        remat=raw.remat,
-        pane=raw.pane,
-        ops=sharding.pinned(mesh),
-    )
+    config = config_of(raw, mesh)
     rl, tasks = None, tasks_of(raw)
     if raw.stage in checks.REWARDED:
         rl = reinforcement.settings_of(raw.rl, train_config.settings_of)
@@ -101,11 +87,11 @@ def step_of(raw: ConfigDict, mesh: Mesh, update: str = STEP) -> Abstract:
     batch = batch_of(raw, config, tasks, rl)
     context_length = batch["context"].shape[1]
     optimisation = train_config.optimisation_of(raw)
-    trained = {"unet": pretrained.param_shapes(pretrained.UNET, network)}
+    trained = {"unet": pretrained.param_shapes(pretrained.UNET, config.unet)}
     start = functools.partial(new_state, tx=optimisation.tx)
     state = jax.eval_shape(start, trained)
     encoders = {"vae": pretrained.param_shapes(pretrained.AUTOENCODER, config.vae)}
-    if network.context_dim == QWEN3_VL_2B.text.hidden_size:
+    if config.unet.context_dim == QWEN3_VL_2B.text.hidden_size:
         given = pretrained.TEXT_ENCODER, QWEN3_VL_2B
         encoders["text_encoder"] = pretrained.param_shapes(*given)
     common = optimisation, trained, state, batch
@@ -131,6 +117,24 @@ def step_of(raw: ConfigDict, mesh: Mesh, update: str = STEP) -> Abstract:
     spread = placed(step.batch, jax.tree.map(lambda _: rows, step.batch))
     key = jax.eval_shape(lambda: jax.random.key(0))
     return Abstract(step.fn, (state, frozen, spread, key), beside, raw.batch_size * step.flops)
+
+
+def config_of(raw: ConfigDict, mesh: Mesh) -> system.Config:
+    """The networks of a config; its encoders are the released ones, the text's comes later."""
+    network = unet_config.PRESETS.get(raw.unet or "dreamlite")
+    if network is None:
+        raise checks.ConfigError(
+            f"unet is {raw.unet!r}, known are {', '.join(unet_config.PRESETS)}"
+        )
+    return system.Config(
+        unet=type(network).from_dict({**network.to_dict(), **raw.overrides.to_dict()}),
+        vae=autoencoder.TAESDXL,
+        text_encoder=None,
+        dtype=checks.DTYPES[raw.dtype],
+        remat=raw.remat,
+        pane=raw.pane,
+        ops=sharding.pinned(mesh),
+    )
 
 
 def one_row(batch: Any) -> Any:

@@ -128,7 +128,7 @@ def fit(
             checkpoint.save(manager, step, state, rest)
 
         step_fn = compiled(stage.step_fn, state)
-        clock, done, making = None, start, 0.0  # seconds that batch_fn took
+        clock, done = None, start
         with (
             Writer(workdir, resumed_at=start or None) as writer,
             kept(lambda: save(done, state), asked),
@@ -144,7 +144,7 @@ def fit(
                     jax.block_until_ready(state)  # its own time is no rollout's
                     began = time.monotonic()
                     batch = stage.batch_fn(state, frozen, batch, key, done)
-                    making += time.monotonic() - began
+                    clock = clock and clock.plus_making(time.monotonic() - began)
                 logged = due(done + 1, schedule.log_every) or done + 1 == schedule.steps
                 # The first, too, so that all is compiled, and fits, before the clock starts.
                 before = _held(networks(state)) if logged or clock is None else None
@@ -158,11 +158,9 @@ def fit(
                 if clock is None:
                     jax.block_until_ready((found, moved))
                     clock = Interval(done, time.monotonic())  # the first step was compiled
-                    making = 0.0
                 if logged:
-                    rest = moved, clock, making, flops_per_step
-                    found = _log(writer, schedule, done, window, *rest)
-                    window, clock, making = [], Interval(done, time.monotonic()), 0.0
+                    found = _log(writer, schedule, done, window, moved, clock, flops_per_step)
+                    window, clock = [], Interval(done, time.monotonic())
                     _check(found, schedule, done)
                 pause = time.monotonic()
                 last = done == schedule.steps and schedule.sample_every > 0
@@ -268,7 +266,6 @@ def _log(
     window: list,
     moved: Mapping[str, jax.Array],
     clock: Interval,
-    making: float,
     flops_per_step: float | None,
 ) -> dict[str, float]:
     """Writes the means over the steps since the last time, how far the last one `moved`, and a
@@ -282,8 +279,8 @@ def _log(
     now, peak = time.monotonic(), metrics.peak_flops()
     rates = clock.rates(step, now, schedule.steps, schedule.batch_size, flops_per_step, peak)
     times = rates.metrics()
-    if making:
-        times[f"{metrics.TIME_PREFIX}batch_share"] = clock.share(making, now)
+    if clock.making:
+        times[f"{metrics.TIME_PREFIX}batch_share"] = clock.making_share(now)
     writer.write(step, {**found, **times})
     if jax.process_index() == 0:
         shown = {name: found[name] for name in SHOWN if name in found}

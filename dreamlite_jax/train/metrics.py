@@ -63,14 +63,21 @@ class Interval(NamedTuple):
     step: int
     start: float  # time.monotonic()
     left_out: float = 0.0
+    making: float = 0.0  # seconds in which batches were made of others: rollouts
 
     def without(self, seconds: float) -> "Interval":
         """The same, with a pause left out: compilation, a checkpoint, evaluation."""
         return self._replace(left_out=self.left_out + seconds)
 
-    def share(self, seconds: float, now: float) -> float:
-        """What share of the time up to `now` these seconds were."""
-        return seconds / max(now - self.start - self.left_out, 1e-9)
+    def plus_making(self, seconds: float) -> "Interval":
+        return self._replace(making=self.making + seconds)
+
+    def making_share(self, now: float) -> float:
+        """What share of the time up to `now` went into making batches."""
+        return self.making / self._passed(now)
+
+    def _passed(self, now: float) -> float:
+        return max(now - self.start - self.left_out, 1e-9)
 
     def rates(
         self,
@@ -90,7 +97,7 @@ class Interval(NamedTuple):
           flops_per_step: of the model, forward and backward, over the whole batch.
           peak_flops: of all devices together, see `peak_flops`.
         """
-        speed = (step - self.step) / max(now - self.start - self.left_out, 1e-9)
+        speed = (step - self.step) / self._passed(now)
         known = flops_per_step is not None and peak_flops is not None
         return Rates(
             steps_per_second=speed,

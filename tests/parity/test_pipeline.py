@@ -6,6 +6,7 @@ from commands import run
 from PIL import Image
 
 from dreamlite_jax import system, tiny
+from dreamlite_jax.data import prompts
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -94,7 +95,8 @@ def saved(request, processor, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny_dir(tmp_path_factory):
     """A mobile model's directory as our own code writes it."""
-    return tiny.tiny_model_dir(tmp_path_factory.mktemp("ours") / "mobile", seed=1, mobile=True)
+    folder = tmp_path_factory.mktemp("ours") / "mobile"
+    return tiny.tiny_model_dir(folder, seed=1, mobile=True, image_side=prompts.IMAGE_SIDE)
 
 
 def reference(pipe, seed=0, **settings):
