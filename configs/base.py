@@ -111,7 +111,8 @@ def quick(config: ConfigDict) -> ConfigDict:
         config.distill.steps, config.distill.ratio, config.distill.warmup = 2, 1, 1
         config.distill.score_lr = 3e-4
         config.loss.guidance = config.loss.edit_guidance = 2.0
-    config.image_size, config.max_ratio, config.text_length = 64, 1.0, 160
+    config.image_size, config.max_ratio = 64, 1.0
+    config.text_length = 160  # of edits 141; 0 for models that see sources at 512 px
     config.model, config.unet, config.init_from = "tiny", "nano", ""
     config.overrides, config.autoencoder = ConfigDict(), ConfigDict()
     config.dtype, config.remat = "float32", "none"

@@ -22,11 +22,6 @@ class CommandError(Exception):
     """Wrong use of a command: one line that says what to do."""
 
 
-# XLA_FLAGS of programs that run for a few steps on a CPU: compiled in half the time, not as well.
-COMPILED_FAST = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
-)
 # OSError: a full disk, a folder without permission; the message names the file.
 _EXPECTED = (CommandError, UserError, OSError)
 

@@ -2,7 +2,8 @@
 
 "tiny" is for first steps and tests, "shapes" is large enough to learn the shapes world. Pictures of
 a random model are noise; all else (files, shapes, modes, tokens to drop) is as in a released model,
-but for the side at which sources are seen, and diffusers opens the directory.
+and diffusers opens the directory. Only, sources are seen at 64 px, not at 512, which costs less and
+gives other edits than diffusers', unless it is told `image_side`.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ SPECIAL_TOKENS = (
 )
 VOCAB_SIZE = 512
 PRESETS = ("tiny", "shapes")
-# Side in pixels at which encoders see sources: 4 tokens of each, not 256 as with a released 512.
+# Side in pixels at which encoders see sources: 4 tokens of each, 256 at the released 512.
 IMAGE_SIDE = 64
 _CAPTIONS = 2000  # of each task, that the tokenizer of "shapes" is made of
 
@@ -128,6 +129,7 @@ def tokenizer(preset: str = "tiny") -> Any:
 def write_processor(folder: Path, settings: system.Config, preset: str = "tiny") -> None:
     """A `processor/` folder in the released form, for the encoder's patches, with the tokenizer."""
     vision, size = settings.text_encoder.vision, _IMAGES["size"]
+    # The processor would enlarge a smaller view to its least area.
     least = min(size["shortest_edge"], settings.image_side**2)
     images = {**_IMAGES, "size": {**size, "shortest_edge": least}}
     patches = {
@@ -180,6 +182,9 @@ def tiny_model_dir(
     """Writes a complete random model directory (14 MB; "shapes" 20 MB) and returns its path.
 
     The tokens to drop are counted with the tokenizer that is written, never taken from elsewhere.
+
+    Args:
+      image_side: in pixels, at which the text encoder sees sources, a multiple of 32.
     """
     folder, settings = Path(model_dir), config(mobile, preset, image_side)
     for name, component in system.NETWORKS.items():

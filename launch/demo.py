@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from dreamlite_jax import cli
-from launch.demos import comparing, picture, plan, report, summary
+from launch.demos import comparing, driver, picture, plan, report, summary
 from launch.files import write_json
 
 OUT = flags.DEFINE_string("out", "runs/demo", "folder for everything that the demo makes")
@@ -40,7 +40,7 @@ def main() -> None:
     # Its memory comes and goes with every step of a training: huge pages spare most page faults.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     if QUICK.value:  # programs of ten steps, shaders of four pictures: compiled fast, not well
-        os.environ.setdefault("XLA_FLAGS", cli.COMPILED_FAST)
+        os.environ.setdefault("XLA_FLAGS", driver.COMPILED_FAST)
         os.environ.setdefault("GALLIVM_PERF", "nopt")  # of the Vulkan driver that runs on CPUs
     if CACHE.value:  # for the commands without that flag
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(CACHE.value))

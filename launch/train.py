@@ -6,9 +6,10 @@
       --config.optim.lr=2e-4 --config.model=DIR
 
 Run again, it goes on from its latest checkpoint. SIGTERM and Ctrl-C save and leave with exit code
-75, which is also that of a process that lost another one; the same command goes on. On a TPU pod,
-start it on every host; elsewhere several processes find each other by --coordinator=HOST:PORT
---processes=N --process=I. All of them need to see the workdir at the same path.
+75, which is also that of a process that lost another one (or 134, by JAX's abort, where that
+noticed first); the same command goes on. On a TPU pod, start it on every host; elsewhere several
+processes find each other by --coordinator=HOST:PORT --processes=N --process=I. All of them need to
+see the workdir at the same path.
 """
 
 import sys

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from dreamlite_jax import cli
+from launch.demos import driver
 
 # Of tests and of what they start: libtpu, which they compile for, is no device here and says so.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GALLIVM_PERF", "nopt")  # of the Vulkan driver: few pictures, many shaders
-os.environ.setdefault("XLA_FLAGS", cli.COMPILED_FAST)  # likewise
+# Of XLA: most programs run for few steps, and are compiled fast rather than well.
+os.environ.setdefault("XLA_FLAGS", driver.COMPILED_FAST)
 # A shell's background jobs ignore Ctrl-C, and so would what tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
@@ -29,13 +30,19 @@ SLOWEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Commands first: the slowest files must not be the last, with one process left to run them."""
+    """Commands first: the slowest files must not be the last, with one process left to run them.
+    What wants optimised code is told so."""
 
     def place(item: pytest.Item) -> tuple[bool, int]:
         slow = item.path.stem in SLOWEST
         return "e2e" not in item.keywords, SLOWEST.index(item.path.stem) if slow else len(SLOWEST)
 
     items.sort(key=place)
+    if os.environ["XLA_FLAGS"] == driver.COMPILED_FAST:
+        wants = pytest.mark.skip(reason="wants optimised code: set XLA_FLAGS= (make test does)")
+        for item in items:
+            if "optimised" in item.keywords:
+                item.add_marker(wants)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import os
 import jax
 import pytest
 
+from dreamlite_jax.errors import UserError
 from dreamlite_jax.train import peers, signals
 from dreamlite_jax.train.checkpoint import CheckpointError
 
@@ -29,9 +30,11 @@ def raised(error, cause=None):
         (RuntimeError(LOST), True),
         (raised(CheckpointError("not written"), RuntimeError(LOST)), True),
         (RuntimeError("INTERNAL: Task 1 heartbeat timeout"), True),
+        (RuntimeError("UNAVAILABLE: Failed to send RPC: Socket closed"), True),
         (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
         (RuntimeError("Gloo AllReduce failed: sizes 3 and 4"), False),
         (raised(CheckpointError("not written"), OSError("no space")), False),
+        (raised(UserError("no rewards"), ConnectionRefusedError("Connection refused")), False),
     ],
 )
 def test_is_lost(error, lost, two, monkeypatch):

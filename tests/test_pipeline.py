@@ -26,7 +26,8 @@ BOTH = [{**SHAPES, "task": T2I, "weight": 1.0}, {**SHAPES, "task": EDIT, "weight
 def prompter(tmp_path_factory):
     from dreamlite_jax import system
 
-    folder = tiny.tiny_model_dir(tmp_path_factory.mktemp("model") / "tiny")
+    side = prompts.IMAGE_SIDE  # as a released model, unlike the pictures' and tiny models'
+    folder = tiny.tiny_model_dir(tmp_path_factory.mktemp("model") / "tiny", image_side=side)
     return system.load_prompter(folder, system.read_config(folder).text_encoder)
 
 
@@ -48,7 +49,7 @@ def assert_equal(a, b):
 
 def test_shapes_and_dtypes_are_those_of_the_documented_type(prompter):
     batch = first(recipe(prompter=prompter))[0]
-    patches = (tiny.IMAGE_SIDE // prompter.image_processor.patch_size) ** 2
+    patches = (prompts.IMAGE_SIDE // prompter.image_processor.patch_size) ** 2
     dim = prompter.numbers["patch_dim"]
     expected = {
         "task": ("int32", (8,)),
@@ -116,10 +117,7 @@ def test_both_modes_are_tokenised_as_sampling_does(prompter):
             np.testing.assert_array_equal(batch[key][b][..., :n], alone[key][0][..., :n])
         assert batch["drop"][b] == getattr(prompter.drop, mode)
         if images:
-            m = int(alone["patch_mask"].sum())
-            assert batch["patch_mask"][b].sum() == m
-            for key in ("pixel_values", "patch_positions"):
-                np.testing.assert_array_equal(batch[key][b][:m], alone[key][0][:m])
+            np.testing.assert_array_equal(batch["pixel_values"][b], alone["pixel_values"][0])
             np.testing.assert_array_equal(batch["image_index"][b][:n], alone["image_index"][0][:n])
         else:
             assert not batch["patch_mask"][b].any() and (batch["image_index"][b] == -1).all()
@@ -340,7 +338,7 @@ def test_a_batch_that_hosts_cannot_share_is_refused():
 
 def test_a_text_length_without_room_for_the_image_is_refused(prompter):
     with pytest.raises(MixtureError, match="cannot hold"):
-        pipeline.check(recipe(prompter=prompter, text_length=70))
+        pipeline.check(recipe(prompter=prompter, text_length=256))
 
 
 def test_the_mixture_is_that_of_the_plan():

@@ -32,7 +32,8 @@ SIZE = 64
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return tiny_model_dir(tmp_path_factory.mktemp("model") / "tiny")
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    return tiny_model_dir(folder, image_side=96)  # not the pictures' own
 
 
 @pytest.fixture(scope="module", params=[T2I, EDIT])

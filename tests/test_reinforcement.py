@@ -382,6 +382,8 @@ def test_a_batch_that_cannot_be_made_saves_what_there_is(asked, tmp_path, monkey
     failing[0] = False
     state, done = loop.fit(toy_stage(batch_fn), ones, schedule, tmp_path)
     assert done and int(state.step) == 5
+    shares = [line.get("time/batch_share") for line in training.metrics.read_metrics(tmp_path)]
+    assert shares[0] is None and 0 < shares[1] <= 1  # the first step's clock has not begun
 
 
 # --- The command ----------------------------------------------------------------------------------

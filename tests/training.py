@@ -1,4 +1,4 @@
-"""Runs of `launch.train`, most as processes that can be killed, and what they leave."""
+"""Runs of `launch.train`, here or as processes that can be killed, and what they leave."""
 
 import contextlib
 import json
@@ -113,11 +113,20 @@ def sayings(workdir: Path, processes: int) -> list[str]:
     return [Path(f"{workdir}.{k}.log").read_text() for k in range(processes)]
 
 
+def steps_said(log: Path) -> int:
+    """How many steps a run has told of."""
+    return log.read_text().count("\nstep ") if log.exists() else 0
+
+
 def after_steps(process: subprocess.Popen, log: Path, count: int) -> None:
-    """Returns once a run has said that so many steps are done, or has ended."""
-    while process.poll() is None:
-        if log.exists() and log.read_text().count("\nstep ") >= count:
-            return
+    """Returns once a run has told of so many steps, or has ended."""
+    while process.poll() is None and steps_said(log) < count:
+        time.sleep(0.01)
+
+
+def after_saving(process: subprocess.Popen, workdir: Path, before: int = 0) -> None:
+    """Returns once a run has a whole checkpoint of a step beyond `before`, or has ended."""
+    while process.poll() is None and (checkpoint.latest_step(workdir) or 0) <= before:
         time.sleep(0.01)
 
 

@@ -77,7 +77,7 @@ def step_of(raw: ConfigDict, mesh: Mesh, update: str = STEP) -> Abstract:
             f"train is {tuple(raw.train)}, only the U-Net's step is compiled here"
         )
     loss = train_config.settings_of(train_config.STAGES[raw.stage], raw.loss, "loss")
-    config = config_of(raw, mesh)
+    config = system_of(raw, mesh)
     rl, tasks = None, tasks_of(raw)
     if raw.stage in checks.REWARDED:
         rl = reinforcement.settings_of(raw.rl, train_config.settings_of)
@@ -119,8 +119,13 @@ def step_of(raw: ConfigDict, mesh: Mesh, update: str = STEP) -> Abstract:
     return Abstract(step.fn, (state, frozen, spread, key), beside, raw.batch_size * step.flops)
 
 
-def config_of(raw: ConfigDict, mesh: Mesh) -> system.Config:
-    """The networks of a config; its encoders are the released ones, the text's comes later."""
+def system_of(raw: ConfigDict, mesh: Mesh) -> system.Config:
+    """The networks of a config, with the released autoencoder, and without a text encoder: texts
+    come encoded.
+
+    Raises:
+      ConfigError: no such U-Net.
+    """
     network = unet_config.PRESETS.get(raw.unet or "dreamlite")
     if network is None:
         raise checks.ConfigError(

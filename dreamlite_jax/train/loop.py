@@ -144,7 +144,8 @@ def fit(
                     jax.block_until_ready(state)  # its own time is no rollout's
                     began = time.monotonic()
                     batch = stage.batch_fn(state, frozen, batch, key, done)
-                    clock = clock and clock.plus_making(time.monotonic() - began)
+                    if clock is not None:
+                        clock = clock.plus_making(time.monotonic() - began)
                 logged = due(done + 1, schedule.log_every) or done + 1 == schedule.steps
                 # The first, too, so that all is compiled, and fits, before the clock starts.
                 before = _held(networks(state)) if logged or clock is None else None

@@ -70,14 +70,12 @@ class Interval(NamedTuple):
         return self._replace(left_out=self.left_out + seconds)
 
     def plus_making(self, seconds: float) -> "Interval":
+        """The same, with so many seconds more in which a batch was made of another."""
         return self._replace(making=self.making + seconds)
 
     def making_share(self, now: float) -> float:
         """What share of the time up to `now` went into making batches."""
         return self.making / self._passed(now)
-
-    def _passed(self, now: float) -> float:
-        return max(now - self.start - self.left_out, 1e-9)
 
     def rates(
         self,
@@ -105,6 +103,9 @@ class Interval(NamedTuple):
             mfu=flops_per_step * speed / peak_flops if known else None,
             seconds_left=(steps - step) / speed if speed > 0 else math.inf,
         )
+
+    def _passed(self, now: float) -> float:
+        return max(now - self.start - self.left_out, 1e-9)
 
 
 def peak_flops(devices: list[jax.Device] | None = None) -> float | None:

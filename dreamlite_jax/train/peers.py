@@ -11,22 +11,26 @@ import jax
 from dreamlite_jax.train import signals
 
 # How collectives and barriers between hosts say it: by the connection, or by missing heartbeats.
-_LOST = re.compile("Connection (reset|closed|refused)|Read error|Broken pipe|heartbeat timeout")
+_LOST = re.compile(
+    "Connection (reset|closed|refused)|Socket closed|Read error|Broken pipe|heartbeat timeout"
+)
 
 
 def is_lost(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, says that another process is gone."""
+    """Whether an error, or what it came from or came after, says that another process is gone."""
     while error is not None:
-        if jax.process_count() > 1 and _LOST.search(str(error)):
-            return True
-        error = error.__cause__
+        # JAX's own; a server of rewards that refuses connections is no process of the run.
+        if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+            return jax.process_count() > 1
+        error = error.__cause__ or error.__context__
     return False
 
 
 @contextlib.contextmanager
 def leaving_with_the_lost() -> Iterator[None]:
     """Where another process is gone, this one leaves at once with one line and the exit code that
-    says to go on. Nothing is saved or closed: all of that would wait for the one that is gone."""
+    says to go on. Nothing is saved or closed: all of that would wait for the one that is gone.
+    (Where that was process 0, JAX may notice first, and aborts this one.)"""
     try:
         yield
     except Exception as error:

@@ -5,9 +5,9 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
-# What a run exits with that was asked to leave and has saved, or that lost another of its
-# processes: EX_TEMPFAIL of sysexits.h, "try again later"; the same command goes on from the latest
-# checkpoint. A run that is done exits with 0.
+# What a run exits with that was asked to leave and has saved, or that noticed that another of its
+# processes is lost: EX_TEMPFAIL of sysexits.h, "try again later"; the same command goes on from the
+# latest checkpoint. A run that is done exits with 0.
 EXIT_TO_RESUME = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -27,6 +27,12 @@ from launch.files import read_json, write_json
 TICK = 0.2  # seconds
 ATTEMPTS = 8  # of a step that leaves with 75 although nobody asked it to
 ROOT = Path(__file__).parent.parent.parent
+# XLA_FLAGS of programs that run for few steps on a CPU: compiled in a third of the time, but not as
+# well. XLA ends a process for a flag that it does not know; jaxlib 0.10.2 knows these.
+COMPILED_FAST = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 
 
 class Step(NamedTuple):

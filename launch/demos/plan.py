@@ -94,12 +94,11 @@ PRETRAINING = ("phase1_t2i", "phase2_edit", "phase3_joint")
 DISTILLED = {"name": "distilled", "diversity": 16, "inputs": True}
 BUNDLES = ("fp16", "int8")
 QUICK_STEPS = 10
-# Of the quick variants: most of their time is compilation and long prompts, which these shorten.
+# Of the quick variants: most of their time is compilation, which these shorten.
 SMALLEST = (
     "--config.image_size=32",
     "--config.text_length=120",
     "--config.sample.every=0",
-    "--config.checkpoint.every=0",
 )
 
 
