@@ -62,22 +62,17 @@ def config(
     mobile: bool = False, preset: str = "tiny", image_side: int = IMAGE_SIDE
 ) -> system.Config:
     """The networks of a preset together; the encoder's vocabulary has room for `tokenizer`."""
+    unet, vae, encoder = unet_config.TINY, autoencoder.TINY, qwen3_vl.TINY
+    encoder = dataclasses.replace(
+        encoder, text=dataclasses.replace(encoder.text, vocab_size=VOCAB_SIZE)
+    )
     if preset == "shapes":
-        return system.Config(
-            unet=unet_config.SHAPES,
-            vae=autoencoder.SHAPES,
-            text_encoder=qwen3_vl.SHAPES,
-            drop=prompts.drop_counts(tokenizer(preset)),
-            image_side=image_side,
-            mobile=mobile,
-        )
-    encoder = qwen3_vl.TINY
-    text = dataclasses.replace(encoder.text, vocab_size=VOCAB_SIZE)
+        unet, vae, encoder = unet_config.SHAPES, autoencoder.SHAPES, qwen3_vl.SHAPES
     return system.Config(
-        unet=unet_config.TINY,
-        vae=autoencoder.TINY,
-        text_encoder=dataclasses.replace(encoder, text=text),
-        drop=prompts.drop_counts(tokenizer()),
+        unet=unet,
+        vae=vae,
+        text_encoder=encoder,
+        drop=prompts.drop_counts(tokenizer(preset)),
         image_side=image_side,
         mobile=mobile,
     )

@@ -97,7 +97,7 @@ def test_asked_to_leave_a_run_saves_and_says_so(cache, tmp_path, caplog):
     assert checkpoint.latest_step(tmp_path / "run") == step + 1
 
 
-def test_a_full_disk_ends_a_run_in_one_line_and_leaves_all(tiny_disk, cache, tmp_path, caplog):
+def test_a_full_disk_is_told_in_one_line_and_takes_nothing(tiny_disk, cache, tmp_path, caplog):
     flags = "--config.checkpoint.every=1", "--config.checkpoint.keep=99", "--config.sample.every=0"
     given = cache, *flags
     said = training.run("shapes/autoencoder", tiny_disk, *given, "--config.steps=99", code=2)
