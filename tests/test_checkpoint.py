@@ -261,6 +261,10 @@ def test_two_processes_agree(tmp_path):
         assert meta == {"step": step}
         checkpoint.save(manager, 2, state, {})
         print("restored", step)
+    kernel = jax.ShapeDtypeStruct((16, 24), jnp.float32)  # each reads it all, as of another run
+    whole = checkpoint.read_part(sys.argv[1], "kernel", kernel, 1)
+    assert whole.is_fully_addressable
+    np.testing.assert_array_equal(whole, jnp.sin(jnp.arange(16.0 * 24)).reshape(16, 24))
     """  # fmt: skip
     with socket.socket() as free:
         free.bind(("localhost", 0))

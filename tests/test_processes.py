@@ -32,10 +32,11 @@ def test_8_devices_then_4(alone, cache, tmp_path):
     training.assert_parameters_close(tmp_path / "run", alone, 4)
 
 
-def test_2_processes_of_4_devices_then_1(cache, tmp_path):
-    """One of the two is asked to leave: both save the same step, and a third goes on from there."""
+def test_2_processes_of_4_devices_then_1(alone, cache, tmp_path):
+    """Two start from another's run. One is asked to leave: both save the same step, and a third
+    goes on from there."""
     run, expected = tmp_path / "run", tmp_path / "alone"
-    given = cache, training.SMOOTH
+    given = cache, training.SMOOTH, f"--config.init_from={alone}"
     flags = "--config.steps=100000", "--config.mesh.data=4", "--config.mesh.fsdp=2"
     with training.together(STAGE, run, *given, *flags, processes=2, devices=4) as started:
         training.after_steps(started[0], tmp_path / "run.0.log", 2)
@@ -44,6 +45,7 @@ def test_2_processes_of_4_devices_then_1(cache, tmp_path):
     said, step = training.sayings(run, 2), checkpoint.latest_step(run)
     assert codes == [signals.EXIT_TO_RESUME] * 2, said
     assert "mesh data 4 x fsdp 2, 2 processes" in said[0]
+    assert f"vae: trained, from the run {alone}" in said[0]
     assert all(f"asked to leave: saved step {step} of 100000" in one for one in said)
 
     more = f"--config.steps={step + 2}"
