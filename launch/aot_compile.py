@@ -35,6 +35,7 @@ from dreamlite_jax.train.metrics import PEAK_FLOPS
 DOES_NOT_FIT = 3
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "kind and shape of the slice")
+SLICES = flags.DEFINE_integer("slices", 1, "so many of them, joined by `mesh.data`", lower_bound=1)
 UPDATE = flags.DEFINE_enum(
     "update",
     STEP,
@@ -60,7 +61,7 @@ def main() -> None:
             f"--update={UPDATE.value} is of another stage, the stage {raw.stage!r} has only "
             f"{', '.join(STAGES[raw.stage])}"
         )
-    devices = topology(TOPOLOGY.value)
+    devices = topology(TOPOLOGY.value, SLICES.value)
     kind = devices[0].device_kind
     mesh = sharding.make_mesh(raw.mesh.data, raw.mesh.fsdp, devices)
     if raw.batch_size % (mesh.size * raw.accumulation):
@@ -82,6 +83,7 @@ def main() -> None:
     figures = {
         "config": raw.to_dict(),
         "topology": TOPOLOGY.value,
+        "slices": SLICES.value,
         "rows_per_device": raw.batch_size // mesh.size,
         "compile_seconds": time.monotonic() - began,
         "model_flops": flops / mesh.size,
@@ -96,8 +98,8 @@ def main() -> None:
         too_large(needed, room)
 
 
-def topology(name: str) -> list[Any]:
-    """The devices of a slice that is not there."""
+def topology(name: str, slices: int = 1) -> list[Any]:
+    """The devices of slices that are not there."""
     from jax.experimental import topologies
 
     # Or libtpu asks a cloud's metadata server, and lets no other process load it.
@@ -108,7 +110,7 @@ def topology(name: str) -> list[Any]:
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        devices = topologies.get_topology_desc(name, "tpu", num_slices=slices).devices
     except Exception as error:  # the plugin has errors of its own
         if "libtpu" in str(error) and "open" in str(error):
             raise cli.CommandError(

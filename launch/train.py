@@ -19,7 +19,7 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from dreamlite_jax import cli
+from dreamlite_jax import cli, pretrained, system
 from dreamlite_jax.data import pipeline
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train import loop, metrics, reinforcement, sharding, signals
@@ -86,6 +86,13 @@ def report(run: train_config.Run) -> None:
             f"{raw.batch_size // mesh.size // raw.accumulation} rows x "
             f"accumulation {raw.accumulation}"
         )
+    if mesh.size > 1:
+        shapes = {
+            name: pretrained.param_shapes(system.NETWORKS[name], getattr(run.config, name))
+            for name in raw.train
+        }
+        for line in sharding.advice(shapes, run.rules, mesh):
+            cli.warn(line)
     for name, source, weight in run.recipe.streams:
         print(f"{name}: {len(source)} samples of {source.task}, weight {weight:g}")
 

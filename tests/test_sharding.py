@@ -1,7 +1,6 @@
 """Where arrays live, on eight virtual devices: the same training, in an eighth of the memory."""
 
 import json
-import math
 import subprocess
 import sys
 import textwrap
@@ -16,8 +15,8 @@ from dreamlite_jax import pretrained
 from dreamlite_jax.models import autoencoder, unet_config
 from dreamlite_jax.models.primitives import PLAIN
 from dreamlite_jax.train import sharding
-from dreamlite_jax.train.optim import path_name
 from dreamlite_jax.train.sharding import RULES, ShardingError
+from launch import aot_compile
 
 MESH = AbstractMesh((4, 2), sharding.AXES)
 
@@ -72,14 +71,17 @@ def test_the_first_rule_decides():
 )
 def test_released_networks_are_spread_nearly_whole(component, config):
     """On 32 devices: all but biases, norms, and kernels with few input channels."""
-    mesh, spread, total = AbstractMesh((1, 32), sharding.AXES), 0, 0
     shapes = pretrained.param_shapes(component, config)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        size = math.prod(leaf.shape)
-        total += size
-        if "fsdp" in sharding.spec_of(path_name(path), leaf.shape, RULES, mesh):
-            spread += size
-    assert spread > 0.99 * total
+    assert sharding.unspread(shapes, RULES, AbstractMesh((1, 32), sharding.AXES)) < 0.01
+
+
+def test_an_axis_of_the_mesh_that_divides_too_few_parameters_is_told():
+    """The released U-Net's inner width is 7 x 128."""
+    shapes = {"unet": pretrained.param_shapes(pretrained.UNET, unet_config.DREAMLITE)}
+    (line,) = sharding.advice(shapes, RULES, AbstractMesh((1, 256), sharding.AXES))
+    assert "mesh.fsdp=256 does not divide 72 %" in line and "mesh.fsdp=128 and" in line
+    assert sharding.advice(shapes, RULES, AbstractMesh((2, 128), sharding.AXES)) == []
+    assert sharding.advice(shapes, RULES, AbstractMesh((8, 1), sharding.AXES)) == []
 
 
 def test_problems_of_rules():
@@ -91,6 +93,22 @@ def test_problems_of_rules():
     assert "'(' is no regex" in found[0]
     assert "names model, tensor; known are data, fsdp, -" in found[1]
     assert "'fsdp,fsdp' names an axis of the mesh more than once" in found[2]
+
+
+@pytest.mark.parametrize("sizes", [(4, 16), (16, 4), (1, -1)])
+def test_axes_of_the_mesh_may_split_those_of_the_chips(sizes):
+    mesh = sharding.make_mesh(*sizes, devices=aot_compile.topology("v6e:8x8"))
+    assert len({device.id for device in mesh.devices.flat}) == mesh.size == 64
+
+
+def test_data_goes_across_slices():
+    devices = aot_compile.topology("v5e:2x2", slices=2)
+    for sizes in ((2, -1), (4, 2)):
+        mesh = sharding.make_mesh(*sizes, devices=devices)
+        for row in mesh.devices:
+            assert len({device.slice_index for device in row}) == 1
+    with pytest.raises(ShardingError, match="mesh.data is 1 on 2 slices, should be a multiple"):
+        sharding.make_mesh(1, -1, devices=devices)
 
 
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (0, 1), (-1, -1), (1, 0), (-2, 1), (-1, 2)])

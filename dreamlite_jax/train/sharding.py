@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models.primitives import PLAIN, Primitives
@@ -42,7 +43,8 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mes
     """The mesh; -1 for one of the axes takes what the other leaves.
 
     Raises:
-      ShardingError: the axes do not multiply to the number of devices.
+      ShardingError: the axes do not multiply to the number of devices; or `fsdp` would go across
+        slices, whose connections are slow.
     """
     devices = jax.devices() if devices is None else list(devices)
     n, sizes = len(devices), [data, fsdp]
@@ -54,10 +56,25 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mes
             f"mesh.data={data} x mesh.fsdp={fsdp} does not fit {n} devices; one may be -1, which "
             "takes the rest"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if sizes[0] % slices:
+        raise ShardingError(
+            f"mesh.data is {sizes[0]} on {slices} slices, should be a multiple of them, such as "
+            f"mesh.data={slices} and mesh.fsdp=-1"
+        )
+    # An axis may take a part of one of the chips' own: 4 x 16 of 8 x 8 chips.
+    split = {"devices": devices, "allow_split_physical_axes": True}
+    if slices > 1:
+        within = sizes[0] // slices, sizes[1]
+        placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1), **split)
+    else:
+        placed = mesh_utils.create_device_mesh(sizes, **split)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def spec_of(path: str, shape: Sequence[int], rules: Sequence[Rule], mesh: Mesh) -> PartitionSpec:
+def spec_of(
+    path: str, shape: Sequence[int], rules: Sequence[Rule], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     """How an array lies, by the first rule that knows its path; by none: whole everywhere."""
     for regex, spec in rules:
         if re.search(regex, path):
@@ -80,6 +97,30 @@ def shardings(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, spec_of(path_name(path), x.shape, rules, mesh)), tree
     )
+
+
+def unspread(tree: Any, rules: Sequence[Rule], mesh: Mesh | AbstractMesh) -> float:
+    """The share of a tree's numbers, of arrays or shapes, that lie whole on all devices."""
+    sizes, whole = 0, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        spec = spec_of(path_name(path), leaf.shape, rules, mesh)
+        sizes += leaf.size
+        whole += leaf.size * all(name is None or mesh.shape[name] == 1 for name in spec)
+    return whole / sizes
+
+
+def advice(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> list[str]:
+    """A line where more than a twentieth of a tree's numbers is on every device, as `fsdp` divides
+    too few of its axes, and the largest half, quarter, ... of `fsdp` that divides enough."""
+    size, share = mesh.shape["fsdp"], unspread(tree, rules, mesh)
+    if size == 1 or share <= 0.05:
+        return []
+    halves = (size // 2**k for k in range(1, size.bit_length()))
+    fitting = (n for n in halves if unspread(tree, rules, AbstractMesh((1, n), AXES)) <= 0.05)
+    return [
+        f"mesh.fsdp={size} does not divide {100 * share:.0f} % of the parameters, which every "
+        f"device holds whole: mesh.fsdp={next(fitting, 1)} and mesh.data=-1 takes less memory"
+    ]
 
 
 def rule_problems(rules: Sequence[Rule]) -> list[str]:
