@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     image_guidance: float | None = None
     negative_prompt: str = prompts.NULL
     method: str = "euler"
+    stochastic: float = 0.0  # level of random steps (`sde.coefficients`, "cps"); 0: the ODE
     truncate: bool = False  # cut prompts that are too long
     batch_size: int = 1  # pictures at a time
 
@@ -82,6 +83,10 @@ def resolve(settings: Settings, config: Config, source: Image.Image | None = Non
     ):
         if not math.isfinite(value):
             problems.append(f"{name} is {value}, should be a finite number")
+    if not 0 <= settings.stochastic <= 1:
+        problems.append(f"stochastic is {settings.stochastic}, should be in [0, 1]")
+    elif settings.stochastic and settings.method != "euler":
+        problems.append(f"stochastic steps are Euler's, method is {settings.method!r}")
     if settings.method not in sampling.METHODS:
         problems.append(
             f"method is {settings.method!r}, supported are {' and '.join(sampling.METHODS)}"
@@ -116,6 +121,11 @@ def initial_noise(config: Config, seed: int, height: int, width: int) -> np.ndar
     return np.asarray(jax.random.normal(jax.random.key(seed), shape, jnp.float32))
 
 
+def step_keys(seeds: Sequence[int]) -> Array:
+    """PRNG keys [N] of random steps, independent of what `initial_noise` draws from the seeds."""
+    return jnp.stack([jax.random.fold_in(jax.random.key(seed), 1) for seed in seeds])
+
+
 def generate(
     system: System,
     requests: Sequence[str],
@@ -123,6 +133,7 @@ def generate(
     settings: Settings,
     sources: Sequence[Image.Image] | None = None,
     on_step: Callable[[Array], None] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields for each of N prompts its latent float32 [h, w, c] and its picture uint8 [H, W, 3].
 
@@ -135,6 +146,7 @@ def generate(
       settings: as `resolve` returns them.
       sources: N RGB pictures to edit, of any size; None: generate.
       on_step: see `sampling.sample`.
+      seeds: N, of what random steps draw (`settings.stochastic`); None: those from 0.
 
     Raises:
       SettingsError: pictures to edit by a model that has never seen any (`Config.pane`).
@@ -166,6 +178,9 @@ def generate(
 
     latent_size = (settings.height // config.vae.factor, settings.width // config.vae.factor)
     sigmas = flow.sigma_list(settings.steps, flow.resolution_mu(*latent_size, config.shift))
+    fresh = None
+    if settings.stochastic and settings.steps > 1:
+        fresh = step_keys(range(len(requests)) if seeds is None else seeds)
     done = 0
     for rows in batches(len(requests), settings.batch_size):
         latents = sample_latents(
@@ -180,6 +195,8 @@ def generate(
             settings.image_guidance,
             settings.method,
             on_step,
+            settings.stochastic,
+            None if fresh is None else fresh[np.array(rows)],
         )
         decoded = pictures.to_bytes(np.asarray(decode_latents(config, params["vae"], latents)))
         for latent, picture in zip(np.asarray(latents), decoded, strict=True):

@@ -28,7 +28,7 @@ from PIL import Image
 from dreamlite_jax import pretrained
 from dreamlite_jax.data import prompts
 from dreamlite_jax.data.prompts import DropCounts, Prompter
-from dreamlite_jax.diffusion import flow, sampling
+from dreamlite_jax.diffusion import flow, sampling, sde
 from dreamlite_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dreamlite_jax.models.primitives import PLAIN, Primitives
 from dreamlite_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -225,6 +225,8 @@ def sample_latents(
     image_guidance: float = 1.0,
     method: str = "euler",
     on_step: Callable[[Array], None] | None = None,
+    level: float | Array = 0.0,
+    keys: Array | None = None,
 ) -> Array:
     """x0 float32 [B, h, w, c] from noise of that shape; params of the U-Net.
 
@@ -236,6 +238,8 @@ def sample_latents(
       guidance: of the text.
       image_guidance: of the source, with `null` in edit mode. Static: 1 saves a branch.
       method, on_step: see `sampling.sample`.
+      level, keys: of random steps, all but the last, of the form "cps" (`sde.sample`); keys None:
+        the ODE.
     """
     blank, b = no_source(config, noise), noise.shape[0]
     factor = config.vae.factor
@@ -254,7 +258,10 @@ def sample_latents(
         velocity_fn = sampling.dual_guidance(
             model, nothing, image, target, guidance, image_guidance
         )
-    return sampling.sample(velocity_fn, noise, sigmas, method, on_step)
+    if keys is None:
+        return sampling.sample(velocity_fn, noise, sigmas, method, on_step)
+    window = sigmas.shape[0] - 2
+    return sde.sample(velocity_fn, noise, sigmas, "cps", level, 0, window, keys, on_step)[0]
 
 
 # --- Many texts -----------------------------------------------------------------------------------

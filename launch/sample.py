@@ -48,6 +48,12 @@ IMAGE_GUIDANCE = flags.DEFINE_float(
     "image_guidance", None, "image guidance when editing; default: 1.5; 1 is a third cheaper"
 )
 METHOD = flags.DEFINE_enum("method", "euler", sampling.METHODS, "sampler")
+STOCHASTIC = flags.DEFINE_float(
+    "stochastic",
+    0.0,
+    "how much of the noise that is left every step replaces by fresh noise: 0 none, 1 all of it, "
+    "as diffusers' stochastic_sampling",
+)
 SEED = flags.DEFINE_integer(
     "seed",
     0,
@@ -85,6 +91,7 @@ def main() -> None:
             image_guidance=IMAGE_GUIDANCE.value,
             negative_prompt=NEGATIVE.value,
             method=METHOD.value,
+            stochastic=STOCHASTIC.value,
             truncate=TRUNCATE.value,
             batch_size=BATCH.value,
         ),
@@ -102,7 +109,7 @@ def main() -> None:
     common = describe(model, settings, IMAGE.value)
     notes = [{"prompt": p, **o, **common} for p, o in zip(requests, origins, strict=True)]
     made, latents = [], []
-    for latent, picture in progress(model, requests, noise, settings, source):
+    for latent, picture in progress(model, requests, noise, settings, source, seeds):
         file, note = files[len(made)], json.dumps(notes[len(made)], ensure_ascii=False)
         picture = Image.fromarray(picture)
         if size is not None:
@@ -141,7 +148,7 @@ def warn_of_unused(mobile: bool, editing: bool) -> None:
         )
     elif IMAGE_GUIDANCE.present and not editing:
         cli.warn("--image_guidance is ignored without --image")
-    if NOISE.present and SEED.present:
+    if NOISE.present and SEED.present and not STOCHASTIC.value:
         cli.warn("--seed is ignored, because --noise is given")
 
 
@@ -187,7 +194,8 @@ def initial_noise(
             "(pictures, height / 8, width / 8, channels)"
         )
     digest = hashlib.sha256(noise.tobytes()).hexdigest()
-    return noise, [{"noise_sha256": digest, "noise_row": i} for i in range(len(noise))]
+    drawn = [{"seed": seed} if settings.stochastic else {} for seed in seeds]  # of the steps
+    return noise, [{"noise_sha256": digest, "noise_row": i, **d} for i, d in enumerate(drawn)]
 
 
 def describe(
@@ -210,13 +218,15 @@ def progress(
     noise: np.ndarray,
     settings: generation.Settings,
     source: Image.Image | None,
+    seeds: Sequence[int],
 ):
     """`generation.generate` behind a bar that counts steps, where stderr is a terminal."""
     sources = None if source is None else [source] * len(requests)
     batches = -(-len(requests) // settings.batch_size)
     with tqdm(total=batches * settings.steps, unit="step", desc="sampling", disable=None) as bar:
         on_step = None if bar.disable else lambda _: bar.update()
-        yield from generation.generate(model, requests, noise, settings, sources, on_step)
+        given = model, requests, noise, settings, sources, on_step, seeds
+        yield from generation.generate(*given)
         jax.effects_barrier()  # the last steps are still to be reported
 
 

@@ -156,6 +156,24 @@ def test_a_note_makes_its_picture_again(boats, tmp_path, capsys):
     assert np.abs(a - b).max() <= 1
 
 
+def test_random_steps_are_a_picture_s_own(boats, models, tmp_path):
+    """Alone, or beside others in a batch; other ones than the ODE's, and another seed's differ."""
+
+    def drawn(name, *flags):
+        given = f"--model={models['base']}", "--prompt=a red boat", *SIZE, "--steps=3"
+        assert run("sample", *given, "--batch_size=2", *flags, f"--out={tmp_path / name}") == 0
+        return [np.asarray(Image.open(f), int) for f in sorted((tmp_path / name).iterdir())]
+
+    ode = drawn("ode", "--seed=7")[0]
+    first, second = drawn("both", "--seed=7", "--num_images=2", "--stochastic=0.8")
+    (alone,) = drawn("alone", "--seed=8", "--stochastic=0.8")
+    assert np.abs(alone - second).max() <= 1
+    for other in (ode, second):
+        assert np.abs(first - other).max() > 5
+    note = notes(next((tmp_path / "alone").iterdir()))
+    assert (note["seed"], note["stochastic"]) == (8, 0.8)
+
+
 WITHOUT_TORCH = """
 import importlib.util, runpy
 find = importlib.util.find_spec
@@ -238,6 +256,11 @@ def _flags(models, tmp_path):
         "odd size": ([model, prompt, "--height=40"], "height 40 .* 32 and 64"),
         "no steps": ([model, prompt, "--steps=0"], "steps is 0"),
         "no guidance": ([model, prompt, "--guidance=nan"], "guidance is nan"),
+        "too random": ([model, prompt, "--stochastic=2"], r"stochastic is 2.0, .* \[0, 1\]"),
+        "random Heun": (
+            [model, prompt, "--stochastic=1", "--method=heun"],
+            "stochastic steps are Euler's, method is 'heun'",
+        ),
         "no seed": ([model, prompt, "--seed=-1"], r"seed.*\[0, 4294967295\]"),
         "no PNG": ([model, prompt, f"--out={tmp_path / 'boat.JPG'}"], "name it boat.png"),
         "no PNG sheet": ([model, prompt, "--contact_sheet=a.jpg"], "should end in .png"),

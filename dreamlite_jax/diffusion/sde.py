@@ -24,6 +24,7 @@ Shapes: B rows of any shape [B, ...]; N steps, W of them in the window that is k
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -108,6 +109,7 @@ def sample(
     start: Array | int,
     window: int,
     keys: Array,
+    on_step: Callable[[Array], None] | None = None,
 ) -> tuple[Array, Steps]:
     """x0 float32 [B, ...] from noise, by random steps within a window and the ODE's outside.
 
@@ -119,6 +121,7 @@ def sample(
       window: W, its number of steps; start + W < N, as the last step's density may be a point.
       keys: [B], one for each row's noise: it depends neither on the rows beside it nor on where
         they are computed.
+      on_step: see `sampling.sample`.
     """
     sigmas = jnp.asarray(sigmas, jnp.float32)
     steps = sigmas.shape[0] - 1
@@ -132,6 +135,8 @@ def sample(
             return jax.random.normal(jax.random.fold_in(key, number), xt.shape[1:], jnp.float32)
 
         x_after = mean + std * jax.vmap(fresh)(keys)
+        if on_step is not None:
+            jax.debug.callback(on_step, number)
         return x_after, (xt, x_after, mean)
 
     at = jnp.arange(steps), sigmas[:-1], sigmas[1:], levels(level, start, window, steps)

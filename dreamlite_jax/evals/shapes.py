@@ -116,7 +116,8 @@ def pictures(
         sources = [Image.fromarray(case.source) for case in given]
     made = []
     prompts, start = [case.prompt for case in given], noise(model.config, given, side)
-    for _, picture in generation.generate(model, prompts, start, settings, sources):
+    seeds = [case.seed for case in given]
+    for _, picture in generation.generate(model, prompts, start, settings, sources, seeds=seeds):
         made.append(picture)
         on_picture()
     return np.stack(made)
