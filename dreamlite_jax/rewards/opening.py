@@ -5,6 +5,8 @@ rewards = [
     {"reward": "http://localhost:8001", "task": "edit", "weight": 0.5},
     {"reward": "saturation", "weight": 0.0},  # watched, not learnt from
 ]
+
+A server's entry can have the fields of `remote.Settings`, too.
 """
 
 import math
@@ -57,8 +59,7 @@ def _wrong_keys(entry: Mapping[str, Any]):
     if "reward" not in entry:
         yield f"`reward` is missing: a server's address, or one of {', '.join(BUILT_IN)}"
         return
-    is_remote = str(entry["reward"]).startswith(_HTTP)
-    known = {**_KEYS, **_REMOTE} if is_remote else _KEYS
+    known = {**_KEYS, **_REMOTE} if is_remote(entry) else _KEYS
     if unknown := sorted(set(entry) - set(known)):
         yield f"unknown keys {', '.join(unknown)}; known are {', '.join(known)}"
     for key in set(entry) & set(known):
@@ -69,7 +70,7 @@ def _wrong_keys(entry: Mapping[str, Any]):
             yield f"{key} is {value}, should be 0 or more"
         elif key in ("batch_size", "concurrency", "attempts", "timeout") and value == 0:
             yield f"{key} is 0, should be positive"
-    if not is_remote and entry["reward"] not in BUILT_IN:
+    if not is_remote(entry) and entry["reward"] not in BUILT_IN:
         yield (
             f"unknown reward {entry['reward']!r}; known are {', '.join(BUILT_IN)}, and a server's "
             "http://HOST:PORT"
@@ -78,10 +79,21 @@ def _wrong_keys(entry: Mapping[str, Any]):
         yield f"unknown task {entry['task']!r}; known are {', '.join(TASKS)}"
 
 
+def is_remote(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry names a server."""
+    return str(entry["reward"]).startswith(_HTTP)
+
+
 def open_rewards(
-    entries: Sequence[Mapping[str, Any]], interrupted: Callable[[], bool] = lambda: False
+    entries: Sequence[Mapping[str, Any]],
+    interrupted: Callable[[], bool] = lambda: False,
+    processes: int = 1,
 ) -> tuple[Weighted, ...]:
-    """The rewards of entries without problems; `interrupted` as in `remote.open_remote`.
+    """The rewards of entries without problems.
+
+    Args:
+      interrupted: as in `remote.open_remote`.
+      processes: of the run, which share each server's `concurrency`.
 
     Raises:
       RewardError: servers that do not answer, or a reward that cannot be asked about its task.
@@ -89,7 +101,7 @@ def open_rewards(
     opened, problems = [], []
     for number, entry in enumerate(entries):
         try:
-            opened.append(_opened(entry, interrupted))
+            opened.append(_opened(entry, interrupted, processes))
         except RewardError as error:
             problems.append(f"rl.rewards[{number}]: {error}")
     if problems:
@@ -97,10 +109,12 @@ def open_rewards(
     return tuple(opened)
 
 
-def _opened(entry: Mapping[str, Any], interrupted: Callable[[], bool]) -> Weighted:
+def _opened(entry: Mapping[str, Any], interrupted: Callable[[], bool], processes: int) -> Weighted:
     given = {key: kind(entry[key]) for key, kind in _REMOTE.items() if key in entry}
-    if entry["reward"].startswith(_HTTP):
-        reward = remote.open_remote(entry["reward"], remote.Settings(**given), interrupted)
+    if is_remote(entry):
+        settings = remote.Settings(**given)
+        settings = settings._replace(concurrency=max(1, settings.concurrency // processes))
+        reward = remote.open_remote(entry["reward"], settings, interrupted)
     else:
         reward = BUILT_IN[entry["reward"]]
     if "name" in entry:

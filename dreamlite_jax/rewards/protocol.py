@@ -1,7 +1,8 @@
 """How rewards travel: JSON over HTTP, pictures as PNG in base64.
 
     GET /   {"name": "hpsv3", "range": [null, null], "tasks": ["t2i"], "needs": [], "examples": [
-             {"prompt": ..., "good": ..., "bad": ..., "source": ..., "metadata": {}}, ...]}
+             {"prompt": ..., "good": ..., "bad": ..., "source": ..., "metadata": {}}, ...],
+             "answered": 12}
     POST /  {"id": "7f...", "items": [{"prompt": ..., "image": ..., "source": ..., "metadata": {}}]}
             {"id": "7f...", "scores": [{"item": 0, "score": 0.5}, ...]}
 
@@ -9,8 +10,9 @@
 that neither a late reply nor another order can be taken for what it is not. A range's null stands
 for infinity. Errors are {"error": TEXT} with a status: 400 for what the client did wrong, 500 for a
 reward that failed. Examples are pairs of which the first has to score higher, for the client's
-self-test; a server may leave them out. No pickle, which would run what it is sent; no JPEG, whose
-artefacts preference models see.
+self-test; `answered` is how many requests were scored while their client still waited, by which
+others see that a server is busy and not stuck. It may leave out both. No pickle, which would run
+what it is sent; no JPEG, whose artefacts preference models see.
 """
 
 import base64
@@ -106,6 +108,18 @@ def describe(reward: Reward) -> bytes:
         for e in reward.examples()
     ]
     return json.dumps({**about, "examples": shown}).encode()
+
+
+def with_answered(description: bytes, answered: int) -> bytes:
+    """A description that also says how many requests the server has answered."""
+    return json.dumps({**json.loads(description), "answered": answered}).encode()
+
+
+def read_answered(description: bytes) -> int | None:
+    """How many requests a server has answered; None where its description does not say."""
+    found = json.loads(description)
+    answered = found.get("answered") if isinstance(found, dict) else None
+    return answered if isinstance(answered, int) else None
 
 
 def read_description(body: bytes) -> dict[str, Any]:

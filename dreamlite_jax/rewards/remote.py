@@ -1,10 +1,13 @@
 """A reward that lives in another process, on another machine: `protocol` over HTTP.
 
 A server that does not answer is waited for; one that answers wrongly is asked again a few times.
-Either then raises, and never gives a score that the reward did not.
+Either then raises, and never gives a score that the reward did not. One that is busy (a request
+took too long, but its status page answers and others' requests get their scores) is waited for as
+long as it is.
 """
 
 import http.client
+import math
 import random
 import time
 import urllib.error
@@ -29,16 +32,24 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 class Settings(NamedTuple):
     batch_size: int = 16  # pictures of a request
-    concurrency: int = 4  # requests at a time
+    concurrency: int = 4  # requests at a time, of all the run's processes, but at least one of each
     timeout: float = 120.0  # seconds that an answer may take to begin, and about as many to end
     attempts: int = 4  # wrong answers to a request until that is an error
-    patience: float = 600.0  # seconds that the server may be away
+    patience: float = 600.0  # seconds that the server may be away; being busy is not
     pause: float = 1.0  # seconds before asking again, doubled each time up to `longest_pause`
     longest_pause: float = 30.0
 
 
+_STATUS_TIMEOUT = 20.0  # seconds for a description, which no request keeps waiting
+_BUSY_SAID_EVERY = 60.0  # seconds
+
+
 class _AwayError(Exception):
     """Nobody answered, or not in time."""
+
+
+class _LateError(_AwayError):
+    """Not in time: away, stuck or busy."""
 
 
 class _WrongError(Exception):
@@ -57,7 +68,7 @@ def open_remote(
       RewardError: nobody answers there (it is not waited for), or something that is no reward.
     """
     try:
-        body = _fetched(urllib.request.Request(url), min(settings.timeout, 20.0))
+        body = _status(url, settings)
         about = protocol.read_description(body)
     except (_AwayError, _WrongError, RewardError) as error:
         raise RewardError(
@@ -68,6 +79,7 @@ def open_remote(
         e for e in examples() if (T2I if e.source is None else EDIT) in about["tasks"]
     ]
     reward = Reward(**about, score=None, examples=lambda: shown)
+    busy_is_news = _at_most_every(_BUSY_SAID_EVERY)
 
     def score(images, prompts, sources, metadata) -> np.ndarray:
         requests = Requests(images, prompts, sources, metadata)
@@ -75,7 +87,7 @@ def open_remote(
         batches = [requests.take(range(start, min(start + size, n))) for start in range(0, n, size)]
 
         def ask(batch: Requests) -> np.ndarray:
-            return _asked(url, reward, batch, settings, interrupted)
+            return _asked(url, reward, batch, settings, interrupted, busy_is_news)
 
         with ThreadPoolExecutor(settings.concurrency) as pool:
             waiting = [pool.submit(ask, batch) for batch in batches]
@@ -94,9 +106,15 @@ def _asked(
     batch: Requests,
     settings: Settings,
     interrupted: Callable[[], bool],
+    busy_is_news: Callable[[], bool],
 ) -> np.ndarray:
-    """The scores of one request, however often it has to be sent."""
+    """The scores of one request, however often it has to be sent.
+
+    Args:
+      busy_is_news: whether it is time to say that the server is busy.
+    """
     wrong, tries, n, away_since = 0, 0, len(batch.images), None
+    answered = None  # requests of anyone, when this one was late
     while True:
         name = uuid.uuid4().hex  # a new one each time: a late reply to an earlier try is none
         body = protocol.request(name, batch)
@@ -119,15 +137,23 @@ def _asked(
                 ) from error
             logging.warning("reward %s: %s: %s; asked again", reward.name, url, error)
         except _AwayError as error:
+            busy = False
+            if isinstance(error, _LateError):
+                busy, answered = _is_busy(url, settings, answered)
             away_since = asked_at if away_since is None else away_since
             away = time.monotonic() - away_since
-            if away >= settings.patience:
+            if busy:
+                away_since = None
+                if busy_is_news():
+                    logging.warning("reward %s: %s is busy (%s): waiting", reward.name, url, error)
+            elif away >= settings.patience:
                 raise RewardError(
                     f"reward {reward.name}: {url} has been away for {away:.0f} s ({error}); start "
                     "it, then run the same command again"
                 ) from error
-            logging.warning("reward %s: %s is away (%s): waiting", reward.name, url, error)
-        pause = min(settings.pause * 2**tries, settings.longest_pause)
+            else:
+                logging.warning("reward %s: %s is away (%s): waiting", reward.name, url, error)
+        pause = min(settings.pause * 2 ** min(tries, 30), settings.longest_pause)
         tries += 1
         _sleep(pause * random.uniform(0.75, 1.25), interrupted, reward)
 
@@ -140,12 +166,48 @@ def _sleep(seconds: float, interrupted: Callable[[], bool], reward: Reward) -> N
         time.sleep(min(left, 0.5))
 
 
+def _at_most_every(seconds: float) -> Callable[[], bool]:
+    """A function that is true when it is first called, and again after so many seconds."""
+    last = -math.inf
+
+    def due() -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < seconds:
+            return False
+        last = now
+        return True
+
+    return due
+
+
+def _is_busy(url: str, settings: Settings, before: int | None) -> tuple[bool, int | None]:
+    """Whether a server that was late works, and how many requests it has answered, if it says so.
+
+    It works if its status page answers and others got scores since it had answered `before`, None
+    where that is unknown: a model that hangs leaves the page as it is.
+    """
+    try:
+        answered = protocol.read_answered(_status(url, settings))
+    except (_AwayError, _WrongError, ValueError):  # RewardError is one, too
+        return False, None
+    return answered is None or answered != before, answered
+
+
+def _status(url: str, settings: Settings) -> bytes:
+    """What a server says of itself; raises as `_fetched`."""
+    return _fetched(urllib.request.Request(url), min(settings.timeout, _STATUS_TIMEOUT))
+
+
 def _fetched(request: urllib.request.Request, timeout: float) -> bytes:
     try:
         status, body = _exchanged(request, timeout)
     except urllib.error.URLError as error:
-        raise _AwayError(str(error.reason)) from error
-    except (OSError, http.client.HTTPException) as error:  # cut off, or too slow, within the answer
+        kind = _LateError if isinstance(error.reason, TimeoutError) else _AwayError
+        raise kind(str(error.reason)) from error
+    except TimeoutError as error:
+        raise _LateError(str(error) or "timed out") from error
+    except (OSError, http.client.HTTPException) as error:  # cut off within the answer
         raise _AwayError(str(error) or type(error).__name__) from error
     except ValueError as error:
         raise RewardError(f"{request.full_url}: {error}") from error
