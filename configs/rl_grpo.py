@@ -1,8 +1,16 @@
 """Reinforcement learning: HPSv3 for pictures and EditReward for edits, from the fine-tuned model.
 
-    python -m launch.serve_reward --reward=hpsv3 --host=0.0.0.0 --port=8001        # each in an
-    python -m launch.serve_reward --reward=editreward --host=0.0.0.0 --port=8002   # environment of
-    python -m launch.train --config=configs/rl_grpo.py --workdir=runs/rl_grpo      # its own
+    python -m launch.serve_reward --reward=hpsv3 --host=0.0.0.0 --port=8001
+    python -m launch.serve_reward --reward=editreward --host=0.0.0.0 --port=8002 \\
+      --reward_config=EditReward/config/EditReward-MiMo-VL-7B-SFT-2508.yaml --checkpoint=DIR
+    python -m launch.train --config=configs/rl_grpo.py --workdir=runs/rl_grpo
+
+Each server lives in an environment of its own. Every process asks them at `rl.rewards`' addresses,
+so on several hosts these must name the servers' host:
+
+    python -m launch.train --config=configs/rl_grpo.py --workdir=runs/rl_grpo \\
+      '--config.rl.rewards[0].reward=http://HOST:8001' \\
+      '--config.rl.rewards[1].reward=http://HOST:8002'
 
 GRPO with coefficients-preserving noise in a window of early steps, GRPO-Guard's ratio, no guidance
 inside the policy: the published settings are those of LoRA on larger models, so the learning rate,
@@ -18,8 +26,10 @@ from configs.base import base, finished
 def get_config(variant=None):
     config = base()
     config.stage = "grpo"
-    config.model, config.init_from = "models/dreamlite", "runs/sft"
+    config.model, config.unet = "models/dreamlite", "dreamlite"
+    config.init_from = "runs/sft"
     config.image_size = 512
+    config.overrides = {"sample_size": 128}  # still a model of 1024 px, though it learns at 512
     config.remat = "full"
     config.data = (
         {"source": "data/sft_t2i", "task": "t2i", "weight": 1.0},

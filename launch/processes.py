@@ -1,6 +1,6 @@
 """How the processes of one command find each other, on a pod or anywhere."""
 
-import os
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -16,7 +16,8 @@ def define() -> Callable[[], None]:
     where there are any, once the flags are parsed and before JAX is used.
 
     Raises (what is returned):
-      CommandError: some of the three flags are given, but not all.
+      CommandError: some of the three flags are given, but not all; hosts of a pod have not found
+        each other.
     """
     coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0")
     processes = flags.DEFINE_integer("processes", None, "how many processes there are")
@@ -24,13 +25,26 @@ def define() -> Callable[[], None]:
 
     def connect() -> None:
         given = (coordinator.value, processes.value, process.value)
-        # Where there is no TPU, libtpu leaves a sentence there for whoever inherits it.
-        hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
         if any(value is not None for value in given):
             if any(value is None for value in given):
                 raise cli.CommandError("--coordinator, --processes and --process go together")
             jax.distributed.initialize(*given)
-        elif "," in hosts and " " not in hosts:
-            jax.distributed.initialize()  # a TPU pod's environment says the rest
+        elif "tpu" in (jax.config.jax_platforms or ""):  # JAX's own choice where there are chips
+            join_pod()
 
     return connect
+
+
+def join_pod() -> None:
+    """Joins the hosts of a TPU pod, whose environment or metadata server says who they are.
+
+    Raises:
+      CommandError: the hosts have not found each other.
+    """
+    with contextlib.suppress(ValueError, RuntimeError):  # one host may have neither
+        jax.distributed.initialize()
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise cli.CommandError(
+            f"{jax.process_count()} hosts share these TPUs, but have not found each other: say "
+            "--coordinator=HOST:PORT, --processes and --process on each"
+        )

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from dreamlite_jax import cli, pretrained, system
 from dreamlite_jax.data import pipeline
 from dreamlite_jax.train import config as train_config
-from dreamlite_jax.train import loop, metrics, reinforcement, sharding, signals
+from dreamlite_jax.train import loop, metrics, peers, reinforcement, sharding, signals
 from launch import compilation, processes
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of configs/", lock_config=True)
@@ -36,7 +36,7 @@ def main() -> None:
         raise cli.CommandError("--config is missing, such as --config=configs/sft.py")
     if "://" in WORKDIR.value:
         raise cli.CommandError(
-            f"--workdir {WORKDIR.value} is an address, expected a folder: mount the bucket"
+            f"--workdir {WORKDIR.value} is an address, expected a folder that all processes see"
         )
     use_cache()
     connect()
@@ -44,7 +44,7 @@ def main() -> None:
     logging.get_absl_handler().setFormatter(None)
     run = train_config.opened(CONFIG.value, WORKDIR.value)
     report(run)
-    stage = train_config.make_stage(run)
+    stage = peers.together(lambda: train_config.make_stage(run))
     rows = sharding.own_rows(run.mesh, run.recipe.batch_size)
 
     def batches_from(step: int):

@@ -12,7 +12,7 @@ from dreamlite_jax import pretrained, system
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.models import autoencoder, unet_config
 from dreamlite_jax.objectives import flow_matching
-from dreamlite_jax.train import checkpoint, loop, metrics, optim, stages
+from dreamlite_jax.train import checkpoint, loop, metrics, optim, peers, stages
 from dreamlite_jax.train.state import new_state
 from dreamlite_jax.train.update import Mean, make_update
 
@@ -120,12 +120,22 @@ def test_what_one_of_several_processes_cannot_read_is_not_saved_together(tmp_pat
     assert checkpoint.latest_step(tmp_path / "alone") == 2
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     where = "process 0 of 2: shard 3 is damaged; nothing was saved"
-    with pytest.raises(loop.AloneError, match=where), loop.reading():
+    with pytest.raises(peers.AloneError, match=where), loop.reading():
         list(batches(0))
     saved = []
-    with pytest.raises(loop.AloneError), loop.kept(lambda: saved.append(1), lambda: False):
-        raise loop.AloneError("")
+    with pytest.raises(peers.AloneError), loop.kept(lambda: saved.append(1), lambda: False):
+        raise peers.AloneError("")
     assert not saved
+
+
+def test_samples_that_do_not_fit_end_a_run_that_is_saved(tmp_path):
+    def predict(state, frozen, step):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB of 2")
+
+    drawing = stage({})._replace(predict_fns={"sample": predict})
+    with pytest.raises(loop.TrainingError, match=r"after step 4 does not fit .* sample\.rows"):
+        loop.fit(drawing, batches_from, schedule(sample_every=4), tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 4
 
 
 @pytest.mark.parametrize("every, expected", [(4, [4, 6]), (0, [])])

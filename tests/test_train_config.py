@@ -10,14 +10,16 @@ import commands
 import foreign
 import jax.numpy as jnp
 import pytest
+import stored
 from commands import ROOT
 
+from configs import base
 from configs.shapes import autoencoder, phase1_t2i, phase3_joint
-from dreamlite_jax import tiny
+from dreamlite_jax import precompute, system, tiny
 from dreamlite_jax.data import transforms
 from dreamlite_jax.data.mixture import MixtureError
 from dreamlite_jax.models import unet_config
-from dreamlite_jax.train import checkpoint, optim, stages
+from dreamlite_jax.train import checkpoint, optim, origins, stages
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train.config import ConfigError, settings_of
 
@@ -204,6 +206,17 @@ def test_every_quick_variant_opens(file, cache, tmp_path):
     assert run.loss == train_config.STAGES[config.stage](**config.loss)
 
 
+def test_quick_asks_for_tasks_that_prepared_sets_know():
+    config = base.base()
+    config.data = ({"source": "data/t2i", "task": "t2i"}, {"source": "data/mine", "task": "edit"})
+    assert [entry["task"] for entry in base.finished(config, "quick").data] == ["t2i", "edit"]
+    config = base.base()
+    config.data = ({"source": "data/t2i", "task": "t2i"}, {"source": "data/mine"})
+    assert base.finished(config, None).data[1] == {"source": "data/mine"}
+    with pytest.raises(ValueError, match=r'data\[1\] \(data/mine\) says no task, .*add "task"'):
+        base.finished(config, "quick")
+
+
 def test_a_tiny_model_is_made_in_the_workdir(quick, tmp_path):
     config = quick()
     config.model = "tiny"
@@ -348,6 +361,60 @@ def test_a_run_to_start_from_that_is_another_network(quick, tmp_path):
     run = train_config.opened(fitting, tmp_path / "run")
     kinds = {name: origin.kind for name, origin in run.origins.items()}
     assert kinds == {"unet": "run", "text_encoder": "run", "vae": "model"}
+
+
+def begun(config, workdir):
+    """A run's workdir with a checkpoint that says where its networks are from."""
+    run = train_config.opened(config, workdir)
+    with checkpoint.open_manager(workdir) as manager:
+        checkpoint.save(manager, 1, {"x": jnp.ones(1)}, train_config.meta_of(run))
+    return str(workdir)
+
+
+@pytest.fixture
+def stored_set(quick, cache, tmp_path):
+    """An entry: a prepared set with outputs of the shared model's encoders."""
+    config = train_config.opened(quick(), tmp_path).config
+    made_with = precompute.made_with(cache / "model", config, image_size=64, max_ratio=1.0)
+    folder = stored.write_set(tmp_path / "set", [(64, 64)] * 9, 64, made_with)
+    return {"source": str(folder), "task": "t2i"}
+
+
+@pytest.fixture
+def runs(quick, tmp_path):
+    """One that trained the autoencoder, and one that began with it and trained the U-Net."""
+    vae = begun(quick(autoencoder), tmp_path / "vae")
+    phase1 = quick(phase1_t2i, train=("unet",), init_from=vae)
+    return vae, begun(phase1, tmp_path / "unet")
+
+
+@pytest.mark.parametrize("where", ["data", "validation"])
+def test_outputs_of_other_encoders_than_the_run_s(where, stored_set, runs, quick, cache, tmp_path):
+    """Of training and of validation alike; what the line says to do mends it."""
+    vae, unet = runs
+    model, workdir = str(cache / "model"), tmp_path / "run"
+    shapes = {"train": ("unet",), "data": (T2I,)}
+    for init_from, then in ((vae, '""'), (unet, "it")):
+        given = {**shapes, "init_from": init_from}
+        message = error_of(quick(phase1_t2i, **given | {where: (stored_set,)}), workdir)
+        assert message == (
+            f"{where} holds what the vae of {model} gave, but this run takes its vae from the run "
+            f'{vae}: set "precomputed" to False in {where}, or export the run {init_from} (python '
+            "-m convert.export), precompute with the result, and set model to it and init_from to "
+            f"{then}"
+        )
+        off = {where: ({**stored_set, "precomputed": False},)}
+        assert train_config.opened(quick(phase1_t2i, **given | off), workdir).recipe.prompter
+    # The shared model stands in for the export.
+    for init_from, unet in (("", "scratch"), (model, f"the model {model}")):
+        found = origins.choose(system.NETWORKS, ("unet",), "unet", workdir, init_from, model)
+        assert (str(found["unet"]), str(found["vae"])) == (unet, f"the model {model}")
+
+
+def test_a_run_that_goes_on_keeps_its_encoders(stored_set, runs, quick):
+    """Its checkpoint says whence they are, not its config."""
+    message = error_of(quick(phase1_t2i, train=("unet",), data=(stored_set,)), runs[1])
+    assert message.endswith(f'from the run {runs[0]}: set "precomputed" to False in data')
 
 
 def test_going_on_with_other_data_is_refused(quick, tmp_path, caplog):

@@ -165,6 +165,23 @@ class UNetConfig:
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * self.levels
 
+    def canonical(self) -> "UNetConfig":
+        """The same network in one spelling: today's block names, and a value for each level."""
+        return dataclasses.replace(
+            self,
+            down_block_types=_named_today(DOWN_BLOCKS, self.down_block_types),
+            mid_block_type=_named_today(MID_BLOCKS, (self.mid_block_type,))[0],
+            up_block_types=_named_today(UP_BLOCKS, self.up_block_types),
+            **{name: self.per_level(name) for name in _PER_LEVEL},
+        )
+
+
+def _named_today(
+    blocks: Mapping[str, tuple[bool, bool]], names: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Block names, each by the first one in `blocks` that means the same."""
+    return tuple(next(new for new in blocks if blocks[new] == blocks[old]) for old in names)
+
 
 _PER_LEVEL = ("layers_per_block", "transformer_layers_per_block", "attention_head_dim")
 

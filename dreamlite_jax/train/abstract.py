@@ -132,7 +132,7 @@ def system_of(raw: ConfigDict, mesh: Mesh) -> system.Config:
             f"unet is {raw.unet!r}, known are {', '.join(unet_config.PRESETS)}"
         )
     return system.Config(
-        unet=type(network).from_dict({**network.to_dict(), **raw.overrides.to_dict()}),
+        unet=train_config.unet_of(raw, network, autoencoder.TAESDXL.factor),
         vae=autoencoder.TAESDXL,
         text_encoder=None,
         dtype=checks.DTYPES[raw.dtype],

@@ -34,7 +34,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.train import peers
+from dreamlite_jax.train import folders, peers
 from dreamlite_jax.train.checksums import checksums
 from dreamlite_jax.train.quiet import brief, first, hush_orbax
 
@@ -72,7 +72,8 @@ def open_manager(
       keep_every: checkpoints of steps that are multiples of this stay for good.
 
     Raises:
-      CheckpointError: the folder cannot be used; or, on leaving, the last save failed.
+      CheckpointError: the folder cannot be used, or is not one for all processes; or, on leaving,
+        the last save failed.
     """
     if keep < 1 or (keep_every is not None and keep_every < 1):
         raise ValueError(f"keep={keep}, keep_every={keep_every}: at least 1")
@@ -91,14 +92,9 @@ def open_manager(
     for path in folder.glob(f"*{_UNFINISHED}*"):
         step = path.name.split(".")[0]
         logging.warning("%s: checkpoint %s was cut short by a kill, it is removed", folder, step)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{jax.process_index()}"  # better now than at the first save
-        probe.write_text("")
-        probe.unlink()
-        manager = ocp.CheckpointManager(folder, options=options)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot hold checkpoints ({brief(error)})") from error
+    for problem in folders.problems(folder):
+        raise CheckpointError(f"{folder}: {problem}")
+    manager = ocp.CheckpointManager(folder, options=options)
     try:
         yield manager
     except BaseException:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -16,6 +17,7 @@ from dreamlite_jax import precompute, pretrained, system, tiny
 from dreamlite_jax.data import pipeline, streams, transforms
 from dreamlite_jax.data.pipeline import Recipe
 from dreamlite_jax.models import blocks, unet_config
+from dreamlite_jax.models.unet_config import UNetConfig
 from dreamlite_jax.objectives import autoencoding, dmd2, flow_matching, grpo, nft
 from dreamlite_jax.rewards import opening
 from dreamlite_jax.train import (
@@ -24,6 +26,7 @@ from dreamlite_jax.train import (
     distillation,
     optim,
     origins,
+    peers,
     reinforcement,
     rollouts,
     sharding,
@@ -138,20 +141,29 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         attempt(distillation.settings_of, raw.distill, settings_of) if raw.stage == DMD2 else None
     )
     problems += distillation.problems(distill, raw.steps) if distill else []
+    # Before anything is read together: a process that may not get there would be waited for.
+    problems += peers.elsewhere(problems)
+    if problems and jax.process_count() > 1:
+        raise ConfigError("; ".join(dict.fromkeys(problems)))
     found = attempt(_origins, raw, workdir, model_dir)
+    problems += attempt(origins.stage_problems, found or {}, raw.stage) or []
     problems += checks.without_pane(raw, any(r and r.edits for r in (recipe, validation)))
     if (rewarded or raw.stage == DMD2) and found:
         problems += attempt(origins.pane_problems, found["unet"]) or []
     if config and found:
         used = {name: found[name] for name in networks_of(raw)}
         problems += attempt(origins.problems, used, config) or []
-        if recipe and recipe.precomputed:
-            problems += _not_precomputed(raw, used, model_dir)
+        for where, made in (("data", recipe), ("validation", validation)):
+            if made and made.precomputed:
+                given = where, used, raw.train, raw.init_from, model_dir
+                problems += origins.precomputed_problems(*given)
     teacher = attempt(origins.reference, raw.init_from, model_dir) if distill and found else None
     if teacher and config:
         random = raw.model in tiny.PRESETS or raw.unet == "nano"  # nothing is learnt there
         problems += attempt(distillation.teacher_problems, teacher, random) or []
         problems += attempt(origins.problems, {"unet": teacher}, config) or []
+    problems += peers.elsewhere(problems)
+    problems += peers.unlike(config=raw.to_dict(), data=recipe and pipeline.description(recipe))
     if problems:
         raise ConfigError("; ".join(dict.fromkeys(problems)))
     if distill:
@@ -232,21 +244,20 @@ def model_dir_of(raw: ConfigDict, workdir: str | os.PathLike) -> Path:
 
 
 def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
-    if raw.model in tiny.PRESETS and not (model_dir / "model_index.json").is_file():
-        if jax.process_index() == 0:
-            tiny.tiny_model_dir(model_dir, preset=raw.model)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("tiny model")
+    if raw.model in tiny.PRESETS:
+        try:
+            if jax.process_index() == 0 and not (model_dir / "model_index.json").is_file():
+                tiny.tiny_model_dir(model_dir, preset=raw.model)
+        finally:
+            if jax.process_count() > 1:  # all of them, whether they see it already or not
+                multihost_utils.sync_global_devices("tiny model")
     config = system.read_config(model_dir, checks.DTYPES.get(raw.dtype, jnp.float32))
     if raw.unet and raw.unet not in unet_config.PRESETS:
         raise ConfigError(
             f"unet is {raw.unet!r}, known are {', '.join(unet_config.PRESETS)}; or leave it empty"
         )
-    network = unet_config.PRESETS[raw.unet] if raw.unet else config.unet
-    network = type(network).from_dict({**network.to_dict(), **raw.overrides.to_dict()})
     vae = type(config.vae).from_dict({**config.vae.to_dict(), **raw.autoencoder.to_dict()})
+    network = unet_of(raw, unet_config.PRESETS[raw.unet] if raw.unet else config.unet, vae.factor)
     width, channels = config.text_encoder.text.hidden_size, vae.latent_channels
     problems = []
     if network.context_dim != width:
@@ -265,6 +276,13 @@ def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
     return config._replace(unet=network, vae=vae, remat=raw.remat, pane=raw.pane)
 
 
+def unet_of(raw: ConfigDict, unet: UNetConfig, factor: int) -> UNetConfig:
+    """A U-Net with the config's overrides, for pictures of the size that it is trained at; `factor`
+    is the autoencoder's, whose own training says nothing of that."""
+    own = {} if raw.stage == AUTOENCODER else {"sample_size": raw.image_size // factor}
+    return UNetConfig.from_dict({**unet.to_dict(), **own, **raw.overrides.to_dict()})
+
+
 def _origins(
     raw: ConfigDict, workdir: str | os.PathLike, model_dir: Path
 ) -> dict[str, origins.Origin]:
@@ -277,26 +295,6 @@ def _origins(
             f"encoders are random; set model to {raw.init_from}, too"
         )
     return found
-
-
-def _not_precomputed(
-    raw: ConfigDict, used: Mapping[str, origins.Origin], model_dir: Path
-) -> list[str]:
-    """Encoders whose outputs lie beside the data, but which are no longer those that made them."""
-    problems = []
-    for name, origin in used.items():
-        stored = f"the data holds what the {name} of {model_dir} gave"
-        if name == "unet":
-            continue
-        if name in raw.train:
-            problems.append(f'train names {name}, but {stored}: set its "precomputed" to False')
-        elif origin.kind == "run":
-            problems.append(
-                f"{stored}, but this run takes its {name} from {origin}: export that run "
-                "(python -m convert.export), precompute with the result, and set both model and "
-                "init_from to it"
-            )
-    return problems
 
 
 def _recipe(
@@ -484,7 +482,8 @@ def check_resumed(run: Run, saved: Mapping[str, Any]) -> None:
       mixture.MixtureError: the data changed and that is not allowed.
       ConfigError: the policy's reference, or the student's teacher, is another.
     """
-    if run.reference and saved["reference"] != (now := origins.described(run.reference)):
+    now = run.reference and origins.described(run.reference)
+    if saved.get("reference", now) != now and now:
         raise ConfigError(
             f"the run began with {saved['reference']}, now init_from gives {now}; restore it, "
             "or begin in another workdir"

@@ -387,7 +387,7 @@ def comparison_fn(
 
     def predict(state: Any, frozen: Any, step: int) -> Predictions:
         unets = {STUDENT: state[STUDENT].ema["unet"], FAKE: state[FAKE].params["unet"]}
-        networks = sharding.gathered({**frozen, **unets}, mesh)
+        networks = sharding.gathered(stages.drawing({**frozen, **unets}, batch), mesh)
         h, w = batch["changed"].shape[1:]
         shape = (len(captions), h, w, config.vae.latent_channels)
         noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)

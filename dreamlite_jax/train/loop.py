@@ -16,15 +16,12 @@ from dreamlite_jax.errors import UserError
 from dreamlite_jax.train import checkpoint, metrics, peers, signals
 from dreamlite_jax.train.metrics import Interval, Writer
 from dreamlite_jax.train.optim import norm
+from dreamlite_jax.train.quiet import brief
 from dreamlite_jax.train.state import Params, TrainState, networks
 
 
 class TrainingError(UserError):
     """A run that cannot go on: one line. What has been saved stays."""
-
-
-class AloneError(UserError):
-    """What only this one of several processes met, while the others are in a step already."""
 
 
 class Predictions(NamedTuple):
@@ -104,7 +101,8 @@ def fit(
     Raises:
       TrainingError: too many updates in a row were not finite, or a metric left its range. What was
         reached is saved.
-      UserError: of the data or the stage, likewise; not if it is an AloneError.
+      UserError: of the data or the stage, likewise. What only one of several processes meets ends
+        that one at once (`peers.leaving_with_the_lost`).
       checkpoint.CheckpointError: nothing can be saved or restored.
     """
     seed = jax.random.key(schedule.seed)
@@ -167,7 +165,8 @@ def fit(
                 last = done == schedule.steps and schedule.sample_every > 0
                 if due(done, schedule.sample_every) or last:
                     _predict(stage, state, frozen, done, writer)
-                leaving = _leaving(asked, done)
+                # Batches that are made take long, and the processes wait for each other anyway.
+                leaving = _leaving(asked, done, 1 if stage.batch_fn else _ASK_EVERY)
                 if due(done, schedule.checkpoint_every) or done == schedule.steps or leaving:
                     save(done, state)
                 clock = clock.without(time.monotonic() - pause)
@@ -180,15 +179,15 @@ def fit(
 @contextlib.contextmanager
 def kept(save: Callable[[], None], asked: Callable[[], bool]) -> Iterator[None]:
     """What ends a run from outside (a reward's server that stays away, data that cannot be read, a
-    metric beyond its range) comes after its state was saved. Where the run was asked to leave
-    meanwhile, it just ends."""
+    metric beyond its range) comes after its state was saved, by all processes. Where one of them
+    was asked to leave meanwhile, the run just ends."""
     try:
         yield
-    except (checkpoint.CheckpointError, AloneError):  # no state can be saved
+    except (checkpoint.CheckpointError, peers.AloneError):  # no state can be saved
         raise
     except UserError:
         save()
-        if not asked():
+        if not signals.on_any_process(asked()):
             raise
 
 
@@ -218,7 +217,7 @@ def reading() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         where = f"process {jax.process_index()} of {jax.process_count()}"
-        raise AloneError(f"{where}: {error}; nothing was saved for it") from error
+        raise peers.AloneError(f"{where}: {error}; nothing was saved for it") from error
 
 
 def compiled(step_fn: Callable, state: Any) -> Callable:
@@ -318,7 +317,15 @@ def _mean(values: list[float]) -> float:
 
 def _predict(stage: Stage, state: Any, frozen: Any, step: int, writer: Writer) -> None:
     for name, predict in stage.predict_fns.items():
-        found = predict(state, frozen, step)
+        try:
+            found = predict(state, frozen, step)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise TrainingError(
+                f"{name} after step {step} does not fit the devices' memory beside the training: "
+                f"lower sample.rows, or set sample.every=0 ({brief(error)})"
+            ) from error
         if found.metrics:
             writer.write(step, found.metrics)
             logging.info("%s after step %d: %s", name, step, dict(found.metrics))
@@ -326,7 +333,8 @@ def _predict(stage: Stage, state: Any, frozen: Any, step: int, writer: Writer) -
             writer.write_images(step, title, picture)
 
 
-def _leaving(asked: Callable[[], bool], step: int) -> bool:
-    if jax.process_count() == 1:
-        return asked()
-    return step % _ASK_EVERY == 0 and signals.on_any_process(asked())
+def _leaving(asked: Callable[[], bool], step: int, every: int) -> bool:
+    """Whether any process was asked to leave; several exchange it every so many steps."""
+    if jax.process_count() > 1 and step % every:
+        return False
+    return signals.on_any_process(asked())

@@ -14,6 +14,7 @@ import numpy as np
 
 from dreamlite_jax import pretrained, system
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.models.unet_config import UNetConfig
 from dreamlite_jax.train import checkpoint
 from dreamlite_jax.train.state import Params
 
@@ -100,9 +101,19 @@ def reference(init_from: str, model_dir: str | Path) -> Origin:
 
 def is_mobile(origin: Origin) -> bool:
     """Whether a network comes from a model for few steps without guidance."""
-    if origin.kind == "model":
-        return system.read_config(origin.folder).mobile
-    return origin.kind == "run" and checkpoint.read_meta(origin.folder)[1].get("mobile", False)
+    match origin.kind:
+        case "model":
+            return system.read_config(origin.folder).mobile
+        case "run" | "own":
+            return makes_mobile(checkpoint.read_meta(origin.folder)[1])
+        case "scratch":
+            return False
+
+
+def makes_mobile(meta: Mapping[str, Any]) -> bool:
+    """Whether a run with this meta makes a model for few steps without guidance: as it says, or,
+    where it does not, as its model directory is one."""
+    return meta["mobile"] if "mobile" in meta else system.read_config(meta["model_dir"]).mobile
 
 
 def lacks_pane(origin: Origin) -> bool:
@@ -138,20 +149,74 @@ def problems(origins: Mapping[str, Origin], config: system.Config) -> list[str]:
     """Networks whose origin holds another network than the run's config asks for, a line each."""
     found = []
     for name, origin in origins.items():
-        wanted = getattr(config, name).to_dict()
+        wanted = getattr(config, name)
         if origin.kind == "run":
-            theirs = checkpoint.read_meta(origin.folder)[1]["configs"][name]
+            saved = checkpoint.read_meta(origin.folder)[1]["configs"][name]
+            theirs = system.NETWORKS[name].config.from_dict(saved)
         elif origin.kind == "model":
-            theirs = pretrained.read_config(origin.folder, system.NETWORKS[name]).to_dict()
+            theirs = pretrained.read_config(origin.folder, system.NETWORKS[name])
         else:
             continue
+        same = _in_one_spelling(theirs)
         differing = [
-            f"{key} is {theirs.get(key)!r} there, {value!r} here"
-            for key, value in wanted.items()
-            if plain(theirs.get(key)) != plain(value) and key != "sample_size"
+            f"{key} is {theirs.to_dict().get(key)!r} there, {wanted.to_dict()[key]!r} here"
+            for key, value in _in_one_spelling(wanted).items()
+            if plain(same.get(key)) != plain(value) and key != "sample_size"
         ]
         if differing:
             found.append(f"{origin} has another {name}: {', '.join(differing)}")
+    return found
+
+
+def _in_one_spelling(config: Any) -> dict[str, Any]:
+    """A network's settings; those of U-Nets may be written in several ways."""
+    return (config.canonical() if isinstance(config, UNetConfig) else config).to_dict()
+
+
+def stage_problems(origins: Mapping[str, Origin], stage: str) -> list[str]:
+    """What is wrong with going on from the run's own checkpoint: it may be another stage's."""
+    found = []
+    for folder in dict.fromkeys(o.folder for o in origins.values() if o.kind == "own"):
+        before = checkpoint.read_meta(folder)[1].get("config", {}).get("stage", stage)
+        if before != stage:
+            found.append(
+                f"{folder} is the workdir of a run of the stage {before}, which cannot go on as "
+                f"{stage}; name another workdir, and {folder} as init_from to start from it"
+            )
+    return found
+
+
+def precomputed_problems(
+    where: str,
+    origins: Mapping[str, Origin],
+    trained: Iterable[str],
+    init_from: str,
+    model_dir: str | Path,
+) -> list[str]:
+    """Encoders whose outputs lie beside the data of a config's key `where`, but which are no longer
+    those that made them, a line each.
+
+    Args:
+      origins: of `choose`, with the arguments below.
+    """
+    off = f'set "precomputed" to False in {where}'
+    mend = off
+    # A run that goes on keeps its encoders, whatever the config says. Another takes them from
+    # `model_dir` only where init_from is no run: its export, which has its U-Net, too, or nothing
+    # where no U-Net was trained.
+    if not any(origin.kind == "own" for origin in origins.values()):
+        start = '""' if origins["unet"].kind == "scratch" else "it"
+        mend += (
+            f", or export the run {init_from} (python -m convert.export), precompute with the "
+            f"result, and set model to it and init_from to {start}"
+        )
+    found = []
+    for name in [name for name in origins if name != "unet"]:
+        stored = f"{where} holds what the {name} of {model_dir} gave"
+        if name in trained:
+            found.append(f"train names {name}, but {stored}: {off}")
+        elif origins[name].kind == "run":
+            found.append(f"{stored}, but this run takes its {name} from {origins[name]}: {mend}")
     return found
 
 
@@ -196,8 +261,8 @@ def meta_of(
 ) -> dict[str, Any]:
     """What a checkpoint says of its networks: for `trained_by`, `load_run` and `problems`.
 
-    A stage with several states adds "inside", the path of the one that is the model, with a slash;
-    one that makes a model for few steps adds "mobile".
+    A stage with several states adds "inside", the path of the one that is the model, with a slash.
+    What comes from a model for few steps stays one, "mobile"; distillation makes one of any.
     """
     return {
         "trained": list(trained),
@@ -205,6 +270,7 @@ def meta_of(
         "model_dir": str(model_dir.resolve()),
         "configs": {name: getattr(config, name).to_dict() for name in system.NETWORKS},
         "pane": config.pane,
+        "mobile": is_mobile(origins["unet"]),
     }
 
 
@@ -217,8 +283,7 @@ def load_run(
     Args:
       step: of the run's checkpoint; None: the latest.
       part: "ema", the average, or "params", the parameters of the last step.
-      mobile: whether it is a model for few steps without guidance; None: as the run's stage makes
-        it, or else its model directory.
+      mobile: whether it is a model for few steps without guidance; None: as `makes_mobile`.
 
     Raises:
       checkpoint.CheckpointError: the run, or one before it, has no such checkpoint.
@@ -226,13 +291,15 @@ def load_run(
     """
     step, meta = checkpoint.read_meta(workdir, step)
     model_dir = Path(meta["model_dir"])
-    base = system.read_config(model_dir)
     networks = {
         name: component.config.from_dict(meta["configs"][name])
         for name, component in system.NETWORKS.items()
     }
-    made_mobile = meta.get("mobile", base.mobile) if mobile is None else mobile
-    config = base._replace(**networks, mobile=made_mobile, pane=learned_pane(meta))
+    config = system.read_config(model_dir)._replace(
+        **networks,
+        mobile=makes_mobile(meta) if mobile is None else mobile,
+        pane=learned_pane(meta),
+    )
     runs, inside = meta["trained_by"], meta.get("inside", "")
     params = {}
     for name, network in networks.items():

@@ -24,7 +24,7 @@ from dreamlite_jax.objectives import grpo, nft
 from dreamlite_jax.rewards import opening
 from dreamlite_jax.rewards.base import Requests, RewardError, self_test
 from dreamlite_jax.rewards.opening import Weighted
-from dreamlite_jax.train import origins, rollouts, sharding, signals, stages
+from dreamlite_jax.train import origins, peers, rollouts, sharding, signals, stages
 from dreamlite_jax.train.loop import Limit, Predictions, reading
 from dreamlite_jax.train.rollouts import Rollouts, Table
 from dreamlite_jax.train.state import Params
@@ -149,15 +149,23 @@ def opened(
 
 
 def open_rewards(settings: Settings, recipe: Recipe) -> tuple[Weighted, ...]:
-    """The rewards, each tested.
+    """The rewards, each tested; servers by process 0 alone, for which the others wait.
 
     Raises:
-      RewardError: a server that does not answer, a failed self-test, data that lacks what a reward
-        needs to know.
+      UserError: on every process, where one of them finds a server that does not answer, a failed
+        self-test, or data that lacks what a reward needs to know.
     """
-    found = opening.open_rewards(settings.rewards, signals.asked)
+    with peers.leaving_with_the_lost():
+        return peers.together(
+            lambda: _tested(settings, recipe), "another process cannot use its rewards"
+        )
+
+
+def _tested(settings: Settings, recipe: Recipe) -> tuple[Weighted, ...]:
+    """`open_rewards` as far as one process goes."""
+    found = opening.open_rewards(settings.rewards, signals.asked, jax.process_count())
     wrong = []
-    for reward, _, tasks in found:
+    for entry, (reward, _, tasks) in zip(settings.rewards, found, strict=True):
         for name, source, _ in recipe.streams:
             lacks = set(reward.needs) - set(source.metadata(0))
             if source.task in tasks and lacks:
@@ -165,6 +173,8 @@ def open_rewards(settings: Settings, recipe: Recipe) -> tuple[Weighted, ...]:
                     f"reward {reward.name} needs {', '.join(sorted(lacks))} of every sample, which "
                     f"{name} does not know"
                 )
+        if opening.is_remote(entry) and jax.process_index():
+            continue  # all at once would be a queue before the first step
         try:
             self_test(reward)
         except RewardError as error:
@@ -225,7 +235,7 @@ def ask(
       asked: of this process's rows.
 
     Raises:
-      RewardError: on every process, where one of them gets no scores.
+      UserError: on every process, where one of them gets no scores (`peers.together`).
     """
     return sharding.spread(_scored(rewards, own_pictures(made), asked), mesh, made.shape[0])
 
@@ -240,14 +250,13 @@ def _scored(
         [one.source for one in asked],
         [one.metadata for one in asked],
     )
-    scores, failure = None, None
-    try:
-        scores = opening.score_all(rewards, requests, [one.task for one in asked])
-    except RewardError as error:
-        failure = error
-    if signals.on_any_process(failure is not None):
-        raise failure or RewardError("another process got no scores from its rewards")
-    return scores
+
+    def score() -> np.ndarray:
+        if len(made) != len(asked):  # the pictures do not lie as the prompts' rows do
+            raise RuntimeError(f"{len(made)} pictures of this process for {len(asked)} prompts")
+        return opening.score_all(rewards, requests, [one.task for one in asked])
+
+    return peers.together(score, "another process got no scores from its rewards")
 
 
 # --- The stage ------------------------------------------------------------------------------------
@@ -346,7 +355,7 @@ def validation_fn(
         noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
         sigmas = flow.sigma_list(steps, flow.resolution_mu(h, w, config.shift))
         given = params, batch, null, noise, sigmas, recipe.context_length, guidance
-        return rollouts.to_bytes(stages.sampled(config, *given)[0])
+        return rollouts.by_rows(rollouts.to_bytes(stages.sampled(config, *given)[0]), mesh)
 
     def predict(state: Any, frozen: Any, step: int) -> Predictions:
         params, key = {**frozen, **state.ema}, jax.random.key(seed)

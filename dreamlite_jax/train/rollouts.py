@@ -104,6 +104,7 @@ def make_rollout(
         else:
             parts = split_rows((given, firsts, keys), settings.parts)
             made, pictures = joined_rows(lax.map(draw, parts))
+        pictures = by_rows(pictures, mesh)  # every process asks about its own
         grouped = pictures.reshape(-1, settings.group, *pictures.shape[1:])
         return {**made, "given": given}, pictures, grpo.diversity(grouped / 127.5 - 1)
 
@@ -195,6 +196,13 @@ def _by_noise(
 
     found = lax.map(noised, jnp.arange(loss.levels))
     return x0, jax.tree.map(lambda x: x.swapaxes(0, 1), found)
+
+
+def by_rows(x: Array, mesh: Mesh) -> Array:
+    """`x` [B, ...] with its rows spread over the devices, which XLA may else decide otherwise."""
+    if mesh.size == 1:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.ROWS))
 
 
 def to_bytes(values: Array) -> Array:

@@ -140,6 +140,12 @@ def conditioned(
     return x0, Condition(texts, source, batch["time_ids"])
 
 
+def drawing(networks: Params, batch: Any) -> Params:
+    """Those of the networks that pictures for a batch take: where its texts are encoded already,
+    not the text encoder, which is by far the largest."""
+    return {k: v for k, v in networks.items() if k != "text_encoder" or "context" not in batch}
+
+
 def conditions(
     config: system.Config, params: Params, batch: Any, context_length: int
 ) -> tuple[dict[str, Array], Array]:
@@ -219,7 +225,7 @@ def sample_fn(
     b = len(captions)
 
     def predict(state: Any, frozen: Any, step: int) -> Predictions:
-        params = sharding.gathered({**frozen, **state.ema}, mesh)
+        params = sharding.gathered(drawing({**frozen, **state.ema}, batch), mesh)
         h, w = batch["changed"].shape[1:]
         shape = (b, h, w, config.vae.latent_channels)
         noise = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
