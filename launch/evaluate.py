@@ -8,20 +8,22 @@
 
 `--model` is a model directory or a run's workdir. Several variants share what was compiled, and
 each is compared with the first over the prompts that both have drawn. A variant has a `name`, a
-`model`, and any of the flags steps, guidance, image_guidance, count, task, split, diversity,
-inputs. Those of the same `group`, such as the seeds of a training, are averaged, too, with the
-intervals of their change over prompts and over runs. In place of `model` one may have `pictures`, a
-folder with what another program made of a variant's inputs (convert.run_bundle --requests).
+`model`, and any of the flags steps, guidance, image_guidance, stochastic, count, task, split,
+diversity, inputs. Those of the same `group`, such as the seeds of a training, are averaged, too,
+with the intervals of their change over prompts and over runs. In place of `model` one may have
+`pictures`, a folder with what another program made of a variant's inputs (convert.run_bundle
+--requests).
 
 Writes scores.json, with accuracies and by attribute how much of what was asked is there, and for
 every variant, task and split what was drawn and a contact sheet. Run again after an interruption it
-does what is missing.
+does what is missing; what other settings made, or a model that has changed since, it makes anew.
 """
 
 import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +46,7 @@ OUT = flags.DEFINE_string("out", None, "folder for the scores", required=True)
 STEPS = flags.DEFINE_integer("steps", None, "default: 28, mobile models 4", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "of the text; default: 3.5")
 IMAGE_GUIDANCE = flags.DEFINE_float("image_guidance", None, "of the source; default: 1.5")
+STOCHASTIC = flags.DEFINE_float("stochastic", 0.0, "fresh noise in every step, see launch.sample")
 COUNT = flags.DEFINE_integer("count", 256, "prompts of each task and split", lower_bound=1)
 TASK = flags.DEFINE_list("task", ["t2i", "edit"], "tasks")
 SPLIT = flags.DEFINE_list("split", list(shapes.SPLITS), "splits")
@@ -55,7 +58,9 @@ BATCH = flags.DEFINE_integer("batch_size", 32, "pictures at a time", lower_bound
 use_cache = compilation.define()
 
 GUIDED_STEPS, SAMPLES = 28, 4
-SCORES = "scores.json"
+DRAWN_BY = ("steps", "guidance", "image_guidance", "stochastic")
+SETTINGS = (*DRAWN_BY, "count", "diversity")  # of a variant's pictures
+SCORES, INPUTS_ENDING = "scores.json", "_inputs.npz"
 
 
 class Variant(NamedTuple):
@@ -67,6 +72,7 @@ class Variant(NamedTuple):
     steps: int | None = None
     guidance: float | None = None
     image_guidance: float | None = None
+    stochastic: float = 0.0
     count: int = 256
     task: tuple[str, ...] = ("t2i", "edit")
     split: tuple[str, ...] = shapes.SPLITS
@@ -102,16 +108,22 @@ def main() -> None:
         for split in variant.split
     ]
     model: tuple[str, system.System] | None = None
-    results = []
+    results, makers = [], {}
     with signals.asked_to_leave() as asked:
         for k, cell in enumerate(cells):
-            if not cell.file(".json").is_file():
-                name = cell.variant.model
+            name = cell.variant.model
+            if name not in makers:  # once, so that all is drawn by the same step of a run
+                makers[name] = maker_of(name)
+            wanted = made_with(cell, makers[name])
+            if (reason := to_draw(cell, wanted)) is not None:
+                if reason:
+                    said = f"{cell.variant.name} {cell.task} {cell.split}"
+                    print(f"{said}: made anew, as {reason}", flush=True)
                 if name is not None and (model is None or model[0] != name):
-                    model = (name, opened(name))
+                    model = (name, opened(name, makers[name]["step"]))
                     check_tasks(cell.variant, model[1])
                 result = evaluated(cell, model[1] if name is not None else None, asked)
-                write_json(cell.file(".json"), result)
+                write_json(cell.file(".json"), result | {"made_with": wanted})
             change = compared(beside(cell, cells[0]), cell)
             results.append(read_json(cell.file(".json")) | change)
             print(f"{k + 1}/{len(cells)} {line(results[-1])}", flush=True)
@@ -129,6 +141,7 @@ def variants() -> list[Variant]:
         "steps": STEPS.value,
         "guidance": GUIDANCE.value,
         "image_guidance": IMAGE_GUIDANCE.value,
+        "stochastic": STOCHASTIC.value,
         "count": COUNT.value,
         "task": tuple(TASK.value),
         "split": tuple(SPLIT.value),
@@ -151,11 +164,59 @@ def variants() -> list[Variant]:
         raise cli.CommandError(f"--variants: needs a name, and knows {known}") from error
 
 
-def opened(folder: str) -> system.System:
-    """A model directory, or the average of a run so far."""
+def maker_of(model: str | None) -> dict[str, Any]:
+    """What tells a model from any other, and from itself at another time: its path, of a run the
+    step that it has reached, and when that was written."""
+    if model is None:
+        return {}
+    folder, step = Path(model), None
+    file = folder / "model_index.json"
     if checkpoint.folder_kind(folder) == "run":
-        return origins.load_run(folder)
-    return system.load(folder)
+        step = checkpoint.read_meta(folder)[0]
+        file = folder / checkpoint.FOLDER / str(step)
+    return {"model": str(folder.resolve()), "step": step, "written": written(file)}
+
+
+def written(file: Path) -> str | None:
+    """When a file was written; None where there is none, of which its reader will tell."""
+    if not file.exists():
+        return None
+    return datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat()
+
+
+def made_with(cell: Cell, maker: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a cell's pictures and verdicts depend on, as JSON gives it back; settings as they
+    are given, None for a model's own."""
+    world = {"world": WORLD.value, "seed": SEED.value}
+    if not maker:
+        file = pictures_of(cell)
+        return {**world, "pictures": str(file.resolve()), "written": written(file)}
+    return {**world, **{name: getattr(cell.variant, name) for name in SETTINGS}, **maker}
+
+
+def to_draw(cell: Cell, wanted: Mapping[str, Any]) -> str | None:
+    """Why a cell is to be drawn, "" if it never was; None: there it is, made with what is wanted.
+
+    Args:
+      wanted: of `made_with`.
+    """
+    if not cell.file(".json").is_file():
+        return ""
+    found = read_json(cell.file(".json")).get("made_with")
+    if found is None:
+        return "it does not say what it was made with"
+    if found != wanted:
+        keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+        changes = (f"{key} was {found.get(key)}, is {wanted.get(key)}" for key in keys)
+        return ", ".join(changes)
+    if cell.variant.inputs and cell.variant.model and not cell.file(INPUTS_ENDING).is_file():
+        return "its inputs were not written"
+    return None
+
+
+def opened(folder: str, step: int | None) -> system.System:
+    """A model directory, or the average of a run at a step."""
+    return system.load(folder) if step is None else origins.load_run(folder, step)
 
 
 def check_tasks(variant: Variant, model: system.System) -> None:
@@ -178,14 +239,15 @@ def evaluated(cell: Cell, model: system.System | None, asked: Any) -> dict[str, 
         given = shapes.cases(cell.task, cell.split, variant.count, side, WORLD.value, SEED.value)
         again = shapes.repeated(given, variant.diversity, SAMPLES)
         wanted = wanted_settings(variant, model.config, side)
-        settings = {k: getattr(wanted, k) for k in ("steps", "guidance", "image_guidance")}
+        settings = {name: getattr(wanted, name) for name in DRAWN_BY}
         made = shapes.pictures(model, [*given, *again], wanted, lambda: leave(asked))
         images, spread = made[: len(given)], None
         if len(again):
             spread = shapes.diversity(made[len(given) :], SAMPLES)
-        if variant.inputs:
-            write_inputs(cell, model, given, side)
     found = shapes.verdicts(images, given)
+    cell.file(".json").unlink(missing_ok=True)  # lest, after a kill, it speaks of others' pictures
+    if model is not None and variant.inputs:
+        write_inputs(cell, model, given, side)
     write_arrays(cell.file(".npz"), shapes.arrays(images, found, given))
     sheet(cell, images, given, found)
     return {
@@ -210,6 +272,7 @@ def wanted_settings(variant: Variant, config: system.Config, side: int) -> gener
             steps=variant.steps or (None if config.mobile else GUIDED_STEPS),
             guidance=variant.guidance,
             image_guidance=variant.image_guidance,
+            stochastic=variant.stochastic,
             batch_size=BATCH.value,
         ),
         config,
@@ -221,9 +284,13 @@ def leave(asked: Any) -> None:
         sys.exit(signals.EXIT_TO_RESUME)
 
 
+def pictures_of(cell: Cell) -> Path:
+    return Path(cell.variant.pictures) / f"{cell.stem}.npz"
+
+
 def drawn_elsewhere(cell: Cell) -> np.ndarray:
     """Pictures uint8 [N, S, S, 3] that another program has made of the cell's inputs."""
-    file = Path(cell.variant.pictures) / f"{cell.stem}.npz"
+    file = pictures_of(cell)
     try:
         with np.load(file) as arrays:
             return arrays["images"]
@@ -244,7 +311,7 @@ def write_inputs(cell: Cell, model: system.System, given: list[Case], side: int)
         mode, images = prompts.EDIT, [Image.fromarray(case.source) for case in given]
     texts = [prompts.tagged(mode, case.prompt) for case in given]
     encoded = system.encode_prompts(model, mode, texts, images, batch_size=BATCH.value)
-    write_arrays(cell.file("_inputs.npz"), arrays | encoded._asdict())
+    write_arrays(cell.file(INPUTS_ENDING), arrays | encoded._asdict())
 
 
 def sheet(cell: Cell, images: np.ndarray, given: list[Case], found: list[shapes.Verdict]) -> None:

@@ -2,15 +2,19 @@
 
 import json
 import math
+import os
 
 import commands
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dreamlite_jax import generation, system
+from dreamlite_jax.data import pictures
 from dreamlite_jax.data import shapes as world
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.evals import shapes, statistics
+from dreamlite_jax.train import checkpoint, origins
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (0, 10), (3, 10), (10, 10), (180, 256)])
@@ -146,7 +150,7 @@ def oracle(monkeypatch, cache):
     """A model that draws the right answer of every prompt but each third."""
     asked = []
 
-    def generate(model, requests, noise, settings, sources=None, on_step=None):
+    def generate(model, requests, noise, settings, sources=None, on_step=None, seeds=None):
         asked.append((settings, len(requests)))
         task = "t2i" if sources is None else "edit"
         known = {c.prompt: c.target for c in shapes.cases(task, "iid", 9, settings.height)}
@@ -200,6 +204,67 @@ def test_the_command(oracle, monkeypatch, cache, tmp_path, capsys):
     assert len(asked) == 2
 
 
+@pytest.fixture
+def scored(oracle, monkeypatch, tmp_path, capsys):
+    """Evaluates a folder, of which the oracle is made: what was said, and the calls of it."""
+    model, asked = oracle
+    monkeypatch.setattr(system, "load", lambda folder: model)
+    monkeypatch.setattr(origins, "load_run", lambda folder, step: model)
+
+    def evaluate(folder, *more):
+        flags = ("--split=iid", "--task=t2i", f"--out={tmp_path / 'out'}", "--compilation_cache=")
+        assert commands.run("evaluate", f"--model={folder}", "--count=9", *flags, *more) == 0
+        return capsys.readouterr().out, len(asked)
+
+    return evaluate
+
+
+def test_what_was_made_otherwise_is_made_anew(scored, tmp_path):
+    index, result = tmp_path / "m" / "model_index.json", tmp_path / "out" / "m" / "t2i_iid.json"
+    index.parent.mkdir()
+    index.write_text("{}")
+    out, calls = scored(index.parent)
+    assert calls == 1 and "anew" not in out
+    flags = ["--steps=4", "--guidance=1", "--image_guidance=2", "--count=6", "--diversity=2"]
+    for k, flag in enumerate(flags):
+        name, value = flag[2:].split("=")
+        out, calls = scored(index.parent, *flags[: k + 1])
+        assert calls == k + 2 and f"m t2i iid: made anew, as {name} was " in out
+        assert f", is {value}" in out and out.count(" was ") == 1
+        assert scored(index.parent, *flags[: k + 1])[1] == k + 2  # what is there stays
+    os.utime(index, (0, 0))
+    out, calls = scored(index.parent, *flags)
+    assert calls == 7 and "is 1970-01-01T00:00:00" in out
+    before = json.loads(result.read_text())
+    del before["made_with"]  # as it was written once
+    result.write_text(json.dumps(before))
+    out, calls = scored(index.parent, *flags)
+    assert calls == 8 and "it does not say what it was made with" in out
+    assert scored(index.parent, *flags)[1] == 8
+
+
+def test_a_run_that_went_on_is_drawn_again(scored, tmp_path):
+    for step in (1, 2):
+        with checkpoint.open_manager(tmp_path / "run") as manager:
+            checkpoint.save(manager, step, {"x": jnp.ones(1)}, {})
+        out, calls = scored(tmp_path / "run")
+        assert calls == step and ("step was 1, is 2" in out) == (step == 2)
+        assert scored(tmp_path / "run")[1] == step
+
+
+def test_a_kill_leaves_no_scores_of_other_pictures(scored, monkeypatch, tmp_path):
+    (tmp_path / "m").mkdir()
+    scored(tmp_path / "m")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="130"):
+        patch.setattr(pictures, "write_png", killed)
+        scored(tmp_path / "m", "--steps=4")
+    assert scored(tmp_path / "m")[1] == 3  # the pictures are those of 4 steps
+
+
 def test_pictures_of_another_program_are_judged(tmp_path, capsys):
     given = shapes.cases("t2i", "held_out", 5, 32)
     images = np.stack([case.target for case in given])
@@ -208,6 +273,10 @@ def test_pictures_of_another_program_are_judged(tmp_path, capsys):
     flags = (f"--variants={json.dumps([one])}", f"--out={tmp_path / 'out'}")
     assert commands.run("evaluate", *flags, "--compilation_cache=") == 0
     assert "phone t2i held_out: 100.0 % exact (56.6 to 100.0, n = 5)" in capsys.readouterr().out
+    np.savez(tmp_path / "t2i_held_out.npz", images=0 * images)
+    assert commands.run("evaluate", *flags, "--compilation_cache=") == 0
+    out = capsys.readouterr().out
+    assert "made anew, as written was" in out and "phone t2i held_out: 0.0 % exact" in out
 
 
 def test_variants_are_compared_with_the_first(tmp_path, capsys):
