@@ -134,12 +134,21 @@ def quick(config: ConfigDict) -> ConfigDict:
 
 def splits(config: ConfigDict) -> dict[str, str]:
     """The tasks that a config's data says it has, each with the split of the shapes world that it
-    is about, train where it is about another world."""
+    is about, train where it is about another world.
+
+    Raises:
+      ValueError: an entry without a task. Its prepared set knows that, but need not be here.
+    """
     named = {}
-    for entry in config.data:
+    for number, entry in enumerate(config.data):
         source = entry.get("source", "")
+        if "task" not in entry:
+            raise ValueError(
+                f"data[{number}] ({source}) says no task, which its quick variant has to know; "
+                'add "task": "t2i", or "edit"'
+            )
         split = source.split(":")[-1] if source.startswith("shapes:") else "train"
-        named.setdefault(entry.get("task", "t2i"), split)
+        named.setdefault(entry["task"], split)
     return named or {"t2i": "train"}
 
 

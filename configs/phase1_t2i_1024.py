@@ -1,6 +1,7 @@
 """Phase 1, last size: text to image at 1024 px, from the run at 512 px.
 
-    python -m launch.precompute --data=data/t2i --model=models/dreamlite --image_size=1024
+    python -m launch.precompute --data=data/t2i --model=models/dreamlite \\
+      --image_size=1024 --max_ratio=2
     python -m launch.train --config=configs/phase1_t2i_1024.py --workdir=runs/phase1_1024
 
 Not run on a pod yet.

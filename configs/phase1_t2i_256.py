@@ -1,6 +1,7 @@
 """Phase 1, first size: text to image at 256 px from scratch.
 
-    python -m launch.precompute --data=data/t2i --model=models/dreamlite --image_size=256
+    python -m launch.precompute --data=data/t2i --model=models/dreamlite \\
+      --image_size=256 --max_ratio=2
     python -m launch.train --config=configs/phase1_t2i_256.py --workdir=runs/phase1_256
 
 `data/t2i` is a prepared set of pictures with captions (`launch.prepare_data`), `models/dreamlite` a

@@ -1,6 +1,7 @@
 """Phase 1, second size: text to image at 512 px, from the run at 256 px.
 
-    python -m launch.precompute --data=data/t2i --model=models/dreamlite --image_size=512
+    python -m launch.precompute --data=data/t2i --model=models/dreamlite \\
+      --image_size=512 --max_ratio=2
     python -m launch.train --config=configs/phase1_t2i_512.py --workdir=runs/phase1_512
 
 As configs/phase1_t2i_256.py, with sigma shifted further towards noise, as the sampler does at this

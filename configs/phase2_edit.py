@@ -1,6 +1,7 @@
 """Phase 2: editing at 1024 px, from phase 1.
 
-    python -m launch.precompute --data=data/edit --model=models/dreamlite --image_size=1024
+    python -m launch.precompute --data=data/edit --model=models/dreamlite \\
+      --image_size=1024 --max_ratio=2
     python -m launch.train --config=configs/phase2_edit.py --workdir=runs/phase2_edit
 
 `data/edit` is a prepared set of edits (instruction, source, target); the paper has 1.74M. What an

@@ -59,7 +59,8 @@ def _digest(folder: Path) -> str:
 
 def sizes_of(prepared: PreparedSet, buckets: Sequence[Size], least: int) -> np.ndarray:
     """int32 [N, 2]: the (width, height) that each record is brought to, one of the buckets that
-    have `least` records or more (`mixture.spread`)."""
+    have `least` records or more, and one in a hundred (`mixture.spread`). Training, whatever else
+    it mixes in, keeps them (`mixture.plan`, `fixed`)."""
     places = mixture.spread([prepared.sizes], np.ones(1), buckets, least)[0]
     return np.array(buckets, np.int32)[places][:, ::-1]
 

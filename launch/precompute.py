@@ -1,10 +1,11 @@
 """Encodes a prepared set once: latents and text embeddings, used by training instead of encoding.
 
-    python -m launch.precompute --data=SET --model=DIR --image_size=256
+    python -m launch.precompute --data=SET --model=DIR --image_size=256 --max_ratio=2
 
 Writes SET/precomputed-256/, shard by shard beside the records; run again after an interruption, it
-goes on. Training takes the outputs where they are there, and refuses those of other encoders. Crops
-are the middle, not random.
+goes on. --image_size and --max_ratio are those of the config that trains on it: training takes the
+outputs where they are there, in the buckets that they were made for, and refuses those of other
+encoders or settings. Crops are the middle, not random.
 
 On a TPU pod, start it on every host; elsewhere several processes find each other by
 --coordinator=HOST:PORT --processes=N --process=I. Each encodes shards of its own on all its
@@ -35,7 +36,13 @@ DATA = flags.DEFINE_string("data", None, "folder of a prepared set", required=Tr
 MODEL = flags.DEFINE_string("model", None, "model directory with the encoders", required=True)
 SIZE = flags.DEFINE_integer("image_size", None, "side of square pictures, pixels", required=True)
 MAX_RATIO = flags.DEFINE_float("max_ratio", 1.0, "aspect ratio of the widest bucket; 1: squares")
-LEAST = flags.DEFINE_integer("least", 256, "records a bucket needs; a batch or more", lower_bound=1)
+LEAST = flags.DEFINE_integer(
+    "least",
+    256,
+    "records a bucket needs, beside one in a hundred; with fewer than a training batch, batches "
+    "hold some twice",
+    lower_bound=1,
+)
 BATCH = flags.DEFINE_integer("batch_size", 8, "records at a time and device", lower_bound=1)
 FLOAT32 = flags.DEFINE_boolean("float32", False, "compute in float32; default: bfloat16 on TPU")
 connect = processes.define()

@@ -9,9 +9,9 @@ A source is a folder of pictures with captions beside them (name.txt, one a line
 table that names pictures (metadata.jsonl, metadata.csv), WebDataset tars or Parquet files. Edits
 (triplets) have a source picture too: name.source.jpg beside name.jpg, or a column.
 
-What cannot be trained on is set aside with its reason, in --out/report.jsonl. The command may be
-stopped at any time; run again, it goes on where it was. The same data gives the same shards,
-whatever the number of workers.
+What cannot be trained on, such as an edit of another shape than its source, is set aside with its
+reason, in --out/report.jsonl. The command may be stopped at any time; run again, it goes on where
+it was. The same data gives the same shards, whatever the number of workers.
 """
 
 import collections
@@ -63,6 +63,8 @@ WORKERS = flags.DEFINE_integer(
 )
 
 PLAN, REPORT = "plan.json", "report.jsonl"
+OTHER_SHAPE = "other shape"  # a reason of `decoding.Quarantined`, beside those there
+SAME_SHAPE = 1.03  # how far apart two aspect ratios may be: roundings of small sides, no more
 _POLL = 0.2  # seconds between looks at the workers' counter
 
 
@@ -211,8 +213,20 @@ def record_of(sample: sources.RawSample, limits: Limits) -> tuple[records.Record
         source = decoding.normalised(sample.source, **limits._asdict())
     except decoding.Quarantined as error:
         raise decoding.Quarantined(error.reason, f"source picture: {error.detail}") from error
+    if _apart(image, source) > SAME_SHAPE:
+        raise decoding.Quarantined(
+            OTHER_SHAPE,
+            f"{image.width}x{image.height} pixels, source picture: {source.width}x{source.height}",
+        )
     record["source"] = source.data
     return record, image.changes + source.changes
+
+
+def _apart(one: decoding.Normalised, other: decoding.Normalised) -> float:
+    """The quotient, 1 or more, of two pictures' aspect ratios. Training crops both by the same
+    fractions and brings them to the same size, which would stretch a source of another ratio."""
+    quotient = one.width * other.height / (one.height * other.width)
+    return max(quotient, 1 / quotient)
 
 
 def prepare_part(job: Job, tick: Callable[[], Any]) -> None:

@@ -39,10 +39,12 @@ def pairs() -> list[Kept]:
 
 
 def triplets() -> list[Kept]:
+    """The pictures of each have one shape."""
+    street = photograph("motorcycle_right.png"), ["go left"], photograph("motorcycle_left.png")
     return [
-        Kept("a/moon", photograph("moon.png"), ["make it night"], photograph("coins.png")),
-        Kept("a/street", photograph("motorcycle_right.png"), ["go left"], photograph("ihc.png")),
-        Kept("b", photograph("coffee.png"), ["pour coffee", "add foam"], photograph("grass.png")),
+        Kept("a/moon", photograph("moon.png"), ["make it night"], photograph("ihc.png")),
+        Kept("a/street", *street),
+        Kept("b", photograph("coffee.png"), ["pour coffee", "add foam"], photograph("chelsea.png")),
     ]
 
 

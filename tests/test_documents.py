@@ -1,17 +1,26 @@
-"""README and BENCHMARKS: their commands, settings, files and sections are there; snippets run."""
+"""README, BENCHMARKS and configs' docstrings: their commands, settings, files and sections are
+there; snippets run."""
 
+import ast
+import importlib
 import itertools
 import re
 import shlex
 
 import commands
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 
 from dreamlite_jax import cli
 
 ROOT = commands.ROOT
 TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "BENCHMARKS.md")}
+DOCSTRINGS = {
+    file.relative_to(ROOT).as_posix(): ast.get_docstring(ast.parse(file.read_text("utf-8")))
+    for file in sorted((ROOT / "configs").rglob("*.py"))
+    if "def get_config" in file.read_text("utf-8")
+}
 BLOCK = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -37,8 +46,14 @@ def commands_in(script):
 SNIPPETS = SNIPPET.findall(TEXTS["README.md"])
 GIVEN = [
     pytest.param(module, arguments, id=f"{name}: {module} {' '.join(arguments)}"[:90])
-    for name, text in TEXTS.items()
+    for name, text in {**TEXTS, **DOCSTRINGS}.items()
     for module, arguments in commands_of(text)
+]
+PRECOMPUTED = [
+    pytest.param(name, arguments, id=f"{name}: {arguments[0]}")
+    for name, text in DOCSTRINGS.items()
+    for module, arguments in commands_of(text)
+    if module == "launch.precompute"
 ]
 
 
@@ -56,6 +71,22 @@ def test_a_command_takes_its_flags(module, arguments, monkeypatch):
         for file in [one.partition("=")[2] for one in given if one.startswith("--config=")]:
             assert (ROOT / file.partition(":")[0]).is_file()
     assert not problem
+
+
+def test_configs_tell_what_to_precompute():
+    assert len(PRECOMPUTED) >= 4
+
+
+@pytest.mark.parametrize("name, arguments", PRECOMPUTED)
+def test_what_a_config_tells_to_precompute_is_what_it_takes(name, arguments):
+    module = name.removesuffix(".py").replace("/", ".")
+    config = importlib.import_module(module).get_config()
+    with commands.only_flags_of("launch.precompute"), flagsaver.flagsaver():
+        assert not cli._read(["launch.precompute", *arguments])[1]
+        given = {key: flags.FLAGS[key].value for key in ("image_size", "max_ratio", "model")}
+        data = flags.FLAGS["data"].value
+    assert given == {key: config[key] for key in given}
+    assert data in [entry["source"] for entry in config.data]
 
 
 @pytest.mark.parametrize("number, snippet", list(enumerate(SNIPPETS)))

@@ -105,6 +105,29 @@ def test_rare_shapes_go_to_their_neighbours():
     assert seen == set(range(len(source)))
 
 
+def test_samples_of_fixed_sizes_are_never_seen_at_another():
+    """Of two sets, one kept a bucket for itself that their mixture would give up, because it gets
+    less than one in a hundred rows or less than a batch."""
+    streams = [
+        Stream("a", Numbers(mixed_sizes(0, 1000, 0)), 9.0),
+        Stream("b", Numbers(mixed_sizes(4, 196, 0)), 1.0),
+    ]
+    assert mixture.plan(streams, BUCKETS, 8, seed=0).buckets == ((256, 256),)
+    plan = mixture.plan(streams, BUCKETS, 8, seed=0, fixed=True)
+    assert plan.buckets == ((256, 256), (224, 288))
+    for bucket, pairs in drawn(plan, 8, CYCLE).items():
+        for stream, index in pairs:
+            size = tuple(streams[stream].source.sizes[index][::-1])
+            assert size == plan.buckets[bucket]
+
+
+def test_fixed_sizes_that_are_no_bucket_are_refused():
+    streams = [Stream("a", Numbers([[256, 256], [512, 512]]))]
+    said = r"a was precomputed at 512x512 pixels \(record 1\), which is no bucket of .*; remove"
+    with pytest.raises(MixtureError, match=said):
+        mixture.plan(streams, BUCKETS, 1, seed=0, fixed=True)
+
+
 def test_few_samples_still_make_batches():
     plan = mixture.plan([Stream("a", Numbers(mixed_sizes(1, 2, 0)))], BUCKETS, 8, seed=0)
     assert plan.buckets == ((256, 256),)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stored
 from PIL import Image
 
 from dreamlite_jax import tiny
@@ -346,3 +347,22 @@ def test_the_mixture_is_that_of_the_plan():
     tasks = np.concatenate([batch["task"] for batch in first(made, 0, 10)])
     assert np.bincount(tasks).tolist() == [20, 60]
     assert mixture.bucket_of(pipeline.check(made), 9) == (0, 9)
+
+
+def test_precomputed_samples_keep_their_sizes(tmp_path):
+    """Alone the second set kept its wide ones; in the mixture they are less than a batch."""
+    sizes = {"a": [(64, 64)] * 60, "b": [(64, 64)] * 5 + [(96, 32)] * 3}
+    entries = [
+        {"source": str(stored.write_set(tmp_path / name, own, 64, {}))}
+        for name, own in sizes.items()
+    ]
+    made = Recipe(streams.open_streams(entries, 64, {}), batch_size=8, image_size=64, max_ratio=3.0)
+    plan = pipeline.check(made)
+    seen = {
+        pipeline.batch(made, plan, range(8), step)["target_latents"].shape[1:3]
+        for step in [int(np.flatnonzero(plan.cycle == b)[0]) for b in range(len(plan.buckets))]
+    }
+    assert seen == {(8, 8), (4, 12)}
+    other = [{"source": str(stored.write_set(tmp_path / "c", [(80, 80)], 64, {}))}]
+    with pytest.raises(MixtureError, match=r"c was precomputed at 80x80 pixels \(record 0\)"):
+        pipeline.check(made._replace(streams=streams.open_streams(other, 64, {})))

@@ -78,7 +78,7 @@ def test_the_same_set_whatever_the_data_is_kept_in(kind, tmp_path, capsys):
         assert by_key["coffee"]["image"] == foreign.photograph("coffee.png")
         assert by_key["camera"]["image"] != foreign.photograph("camera.png")  # grey
     else:
-        assert by_key["a/street"]["source"] == foreign.photograph("ihc.png")
+        assert by_key["a/street"]["source"] == foreign.photograph("motorcycle_left.png")
 
 
 def encoded(image, kind, **options):
@@ -148,6 +148,26 @@ def test_what_is_set_right_and_what_is_quarantined(tmp_path, capsys):
     assert index["quarantined"]["unreadable"] == 4 and index["changes"]["cmyk"] == 1
     assert index["settings"]["max_pixels"] == 2_000_000 and index["sources"] == [str(source)]
     assert sum(index["aspects"].values()) == index["count"] == 5
+
+
+def test_an_edit_of_another_shape_than_its_source_is_set_aside(tmp_path, capsys):
+    """Sides that were rounded apart are not."""
+    sides = {"alike": (600, 400), "rounded": (150, 101), "wider": (625, 400), "turned": (400, 600)}
+    target = encoded(Image.new("RGB", (600, 400)), "PNG")
+    kept = [
+        foreign.Kept(name, target, ["wait"], encoded(Image.new("RGB", size), "PNG"))
+        for name, size in sides.items()
+    ]
+    foreign.write_folder(tmp_path / "source", kept)
+    assert prepare(tmp_path / "source", tmp_path / "out") == 0
+    assert [record["key"] for record in PreparedSet(tmp_path / "out")] == ["alike", "rounded"]
+    found = [
+        json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()
+    ]
+    assert {one["key"]: one["reason"] for one in found} == dict.fromkeys(
+        ("turned", "wider"), "other shape"
+    )
+    assert "2 other shape; see" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ import shutil
 import numpy as np
 import pytest
 
-from dreamlite_jax.data import pictures, records, shards
+from dreamlite_jax.data import pictures, pipeline, records, shards, streams
 from dreamlite_jax.data.records import PreparedSet, PreparedSetError, Record
+from dreamlite_jax.train import loop
 
 COUNTS = (3, 0, 4, 1)  # records of the shards
 
@@ -207,3 +208,19 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyError, match="of the caller"):
         records.write_shard(tmp_path / "part-00000.arrayrecord", failing())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_read_ends_training_as_a_shard_does(folder):
+    """Saved, and with a line that says which it is, in worker processes, too."""
+    found, saved = streams.open_streams([{"source": str(folder)}], 64), []
+    recipe = pipeline.Recipe(found, batch_size=2, image_size=64)
+    with (
+        pytest.raises(PreparedSetError) as error,
+        loop.kept(lambda: saved.append(1), lambda: False),
+        loop.reading(),
+    ):
+        next(pipeline.batches_from(recipe))
+    assert saved
+    message = str(pickle.loads(pickle.dumps(error.value)))
+    assert message.startswith(f"{folder}: a picture of record ") and "\n" not in message
+    assert "(k/" in message and "(unreadable: no JPEG, " in message

@@ -60,19 +60,34 @@ class Plan(NamedTuple):
     shares: np.ndarray  # [buckets, streams] how often a row is of this bucket and stream
 
 
-def plan(streams: Sequence[Stream], buckets: Sequence[Size], batch_size: int, seed: int) -> Plan:
+def plan(
+    streams: Sequence[Stream],
+    buckets: Sequence[Size],
+    batch_size: int,
+    seed: int,
+    fixed: bool = False,
+) -> Plan:
     """Spreads the streams over the buckets.
 
     A bucket that gets less than a batch of samples, or less than one in a hundred rows, is given up
     and its samples go to the nearest that is left: a batch then never holds a sample twice because
     its bucket has too few.
 
+    Args:
+      fixed: the sources' sizes are those of their buckets already, and no sample can be brought to
+        another: no bucket that holds one is given up. A batch of a bucket with fewer samples than
+        rows then holds some twice, and a bucket has at least one of `CYCLE` steps.
+
     Raises:
-      MixtureError: no streams, an empty source, a weight that is not positive, equal names.
+      MixtureError: no streams, an empty source, a weight that is not positive, equal names; with
+        `fixed`, a size that is no bucket.
     """
     _check(streams)
     weights = np.array([stream.weight for stream in streams], float)
-    places = spread([stream.source.sizes for stream in streams], weights, buckets, batch_size)
+    if fixed:
+        places = [_place(stream, buckets) for stream in streams]
+    else:
+        places = spread([stream.source.sizes for stream in streams], weights, buckets, batch_size)
     shares = np.stack([np.bincount(p, minlength=len(buckets)) / len(p) for p in places], 1)
     shares *= weights / weights.sum()
     used = np.flatnonzero(shares.sum(1))
@@ -122,6 +137,25 @@ def spread(
     share = (counts / counts.sum(0) * weights / weights.sum()).sum(1)
     kept = np.flatnonzero((counts.sum(1) >= least) & (share >= 0.01))
     return assigned(kept if len(kept) else np.array([share.argmax()]))
+
+
+def _place(stream: Stream, buckets: Sequence[Size]) -> np.ndarray:
+    """The bucket, int32 [N], that is as large as each sample is.
+
+    Raises:
+      MixtureError: there is none.
+    """
+    sizes = np.asarray(stream.source.sizes)
+    places = nearest_buckets(sizes, buckets)
+    other = np.flatnonzero((np.array(buckets)[places][:, ::-1] != sizes).any(1))
+    if len(other):
+        width, height = sizes[other[0]]
+        raise MixtureError(
+            f"data: {stream.name} was precomputed at {width}x{height} pixels (record {other[0]}), "
+            "which is no bucket of this image_size and max_ratio; remove its precomputed folder "
+            "and run launch.precompute with the config's, or set precomputed=False"
+        )
+    return places
 
 
 def _shuffled(stream: int, indices: np.ndarray, name: str) -> grain.MapDataset:

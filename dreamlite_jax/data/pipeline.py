@@ -178,10 +178,10 @@ def check(recipe: Recipe) -> Plan:
                 f"a text length of {recipe.length} cannot hold {held}: it should be above {least}"
             )
     try:
-        buckets = transforms.aspect_buckets(
-            recipe.image_size, recipe.pixel_multiple, recipe.max_ratio
-        )
-        plan = mixture.plan(recipe.streams, buckets, recipe.batch_size, recipe.seed)
+        sides = recipe.image_size, recipe.pixel_multiple, recipe.max_ratio
+        buckets, order = transforms.aspect_buckets(*sides), (recipe.batch_size, recipe.seed)
+        fixed = recipe.precomputed and not few
+        plan = mixture.plan(recipe.streams, buckets, *order, fixed=fixed)
     except ValueError as error:
         problems.append(str(error))
     if problems:

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from dreamlite_jax.data import prompts, shapes, transforms
-from dreamlite_jax.data.decoding import opened
+from dreamlite_jax.data.decoding import Quarantined, opened
 from dreamlite_jax.data.mixture import EDIT, T2I, TASKS, MixtureError, Stream
 from dreamlite_jax.data.pipeline import Sample, digest
 from dreamlite_jax.data.precomputed import PrecomputedSource, folder_of
-from dreamlite_jax.data.records import PAIRS, TRIPLETS, PreparedSet
+from dreamlite_jax.data.records import PAIRS, TRIPLETS, PreparedSet, PreparedSetError
 from dreamlite_jax.data.transforms import Size
 
 _SHAPES = "shapes:"
@@ -89,15 +89,26 @@ class PreparedSource:
         return len(self._set)
 
     def read(self, index: int, size: Size) -> Sample:
+        """A sample, decoded.
+
+        Raises:
+          ShardError: the record, or a picture of it, is damaged.
+        """
         record = self._set[index]
         original = record["width"], record["height"]
         least = transforms.enough(*original, size)
-        target = opened(record["image"], least)
-        if self.task == T2I:
-            return Sample(record["captions"], original, target)
-        # The text encoder sees the source at a size of its own.
-        least = max(least, transforms.enough(*original, prompts.SEEN))
-        return Sample(record["captions"], original, target, opened(record["source"], least))
+        try:
+            target = opened(record["image"], least)
+            if self.task == T2I:
+                return Sample(record["captions"], original, target)
+            # The text encoder sees the source at a size of its own.
+            least = max(least, transforms.enough(*original, prompts.SEEN))
+            return Sample(record["captions"], original, target, opened(record["source"], least))
+        except Quarantined as error:
+            raise PreparedSetError(
+                f"{self._set.folder}: a picture of record {index} ({record['key']}) cannot be read "
+                f"({error}); copy the set again, or prepare it again into a new folder"
+            ) from error
 
     def metadata(self, index: int) -> dict[str, Any]:
         return {"key": self._set[index]["key"]}
