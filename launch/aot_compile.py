@@ -8,8 +8,10 @@ It is the very step of `launch.train`, with stored latents and embeddings as its
 data nor weights are needed. Distillation's is two updates, of which --update compiles one alone:
 both at once take more memory of the machine that compiles. Reinforcement learning's makes the
 updates from a rollout, which is a program of its own: --update=rollout (here without the encoders,
-which run in it, too). Needs libtpu (pip install 'dreamlite_jax[tpu]') and, for the released network
-at 1024 px, some ten minutes. Exit code 3: it does not fit the chip's memory.
+which run in it, too). A config with aspect ratios has a program for each bucket, of which --bucket
+names one: at sizes that the kernels for TPUs do not take, plain operations take their place, which
+need more memory. Needs libtpu (pip install 'dreamlite_jax[tpu]') and, for the released network at
+1024 px, some ten minutes. Exit code 3: it does not fit the chip's memory.
 """
 
 import json
@@ -43,6 +45,9 @@ UPDATE = flags.DEFINE_enum(
     "one of distillation's two updates alone; reinforcement learning's rollout, which its step is "
     "not part of",
 )
+BUCKET = flags.DEFINE_string(
+    "bucket", None, "HEIGHTxWIDTH of the pictures, where max_ratio is above 1; default: square"
+)
 HBM = flags.DEFINE_float("hbm_gib", None, "memory of a device, GiB; default: the chip's")
 JSON = flags.DEFINE_string("json", None, "file for the figures")
 HLO = flags.DEFINE_string("hlo", None, "file for the compiled program's text")
@@ -69,7 +74,7 @@ def main() -> None:
             f"batch_size {raw.batch_size} is no multiple of {mesh.size} devices x accumulation "
             f"{raw.accumulation}"
         )
-    step_fn, arguments, beside, flops = abstract.step_of(raw, mesh, UPDATE.value)
+    step_fn, arguments, beside, flops = abstract.step_of(raw, mesh, UPDATE.value, bucket())
     began = time.monotonic()
     lowered = loop.compiled(step_fn, arguments[0]).lower(*arguments)
     print(
@@ -84,6 +89,7 @@ def main() -> None:
         "config": raw.to_dict(),
         "topology": TOPOLOGY.value,
         "slices": SLICES.value,
+        "bucket": BUCKET.value,
         "rows_per_device": raw.batch_size // mesh.size,
         "compile_seconds": time.monotonic() - began,
         "model_flops": flops / mesh.size,
@@ -96,6 +102,15 @@ def main() -> None:
     needed, room = found.memory + figures["beside"], hbm(kind)
     if needed > room:
         too_large(needed, room)
+
+
+def bucket() -> tuple[int, int] | None:
+    """(height, width) of --bucket."""
+    if BUCKET.value is None:
+        return None
+    if not (found := re.fullmatch(r"(\d+)x(\d+)", BUCKET.value)):
+        raise cli.CommandError(f"--bucket={BUCKET.value}: expected HEIGHTxWIDTH, such as 832x1216")
+    return int(found[1]), int(found[2])
 
 
 def topology(name: str, slices: int = 1) -> list[Any]:

@@ -235,6 +235,15 @@ def test_a_rollout_that_does_not_fit_and_its_updates(reinforced, tmp_path, capfd
             ["--topology=v5e:2x2", "--config.data=({'source': 'data/edit'},)"],
             "data\\[0\\] names no task, which is t2i or edit",
         ),
+        (
+            ["--topology=v5e:2x2", "--bucket=32"],
+            "--bucket=32: expected HEIGHTxWIDTH, such as 832x1216",
+        ),
+        (
+            ["--topology=v5e:2x2", "--bucket=64x32", "--config.max_ratio=2.0"],
+            "64x32 is no bucket of the config: .*64x64",
+        ),
+        (["--slices=2", "--topology=v5e:2x2"], r"mesh\.data is 1 on 2 slices, should be"),
         (["--config.mesh.data=3"], "mesh.data=3 x mesh.fsdp=-1 does not fit 16 devices"),
     ],
 )

@@ -1,6 +1,7 @@
 """The TPU's forms of the primitives compute what the plain ones do; on a CPU, by interpretation."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,7 @@ def assert_same(plain, other, *arguments):
         (2, 64, 4, 64, 13, flash.SCORES),  # heads two at a time, keys padded
         (1, 24, 3, 8, 130, 1024),  # heads that do not pair up, several blocks of queries
         (2, 32, 2, 16, 4, 128 * 8),
+        (1, 62, 2, 64, 260, 384 * 40),  # of 31 x 2: two rows of padding, blocks of 32
     ],
 )
 @pytest.mark.parametrize("masked", [True, False])
@@ -68,6 +70,17 @@ def test_attention(b, t, n, d, s, scores, masked, monkeypatch):
         return tpu.normed_attention(q, k, v, bias, scale, eps=1e-5)
 
     assert_same(plain, fused, q, k, v, scale)
+
+
+@pytest.mark.parametrize("s", range(128, 2177, 128))
+def test_blocks_of_queries_are_whole_tiles(s):
+    """Whatever the size of the bucket and the length of the texts, and large where they can be."""
+    for t in (1, 62, 126, 1998, 2046, 2048):
+        padding, largest = flash._padding(t, s), flash._largest_block(s)
+        block = math.gcd(t + padding, largest)
+        assert block % 8 == 0 and block * s <= flash.SCORES
+        assert padding < 8 or padding <= t // 16
+        assert t < 126 or block >= min(128, largest)
 
 
 @pytest.mark.parametrize(

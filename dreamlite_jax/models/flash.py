@@ -36,6 +36,7 @@ def attention(q: Array, k: Array, v: Array, bias: Array | None, scale: Array, ep
     """
     b, t, n, d = q.shape
     s = k.shape[1]
+    q = jnp.pad(q, ((0, 0), (0, _padding(t, s + -s % LANES)), (0, 0), (0, 0)))
     bias = jnp.zeros((b, 1, 1, s)) if bias is None else bias
     width = d * max(g for g in range(1, n + 1) if n % g == 0 and g * d <= max(LANES, d))
     pad = -s % LANES
@@ -44,8 +45,22 @@ def attention(q: Array, k: Array, v: Array, bias: Array | None, scale: Array, ep
         bias[:, 0].astype(jnp.float32), ((0, 0), (0, 0), (0, pad)), constant_values=-1e30
     )
     scale = jnp.tile(scale.astype(jnp.float32) * d**-0.5, width // d)[None]
-    y = _attend(q.reshape(b, t, n * d), _spread(k, width), _spread(v, width), bias, scale, d, eps)
-    return y.reshape(b, t, n, d)
+    y = _attend(q.reshape(b, -1, n * d), _spread(k, width), _spread(v, width), bias, scale, d, eps)
+    return y[:, :t].reshape(b, t, n, d)
+
+
+def _largest_block(s: int) -> int:
+    """Queries of a block whose scores of S keys fit: a power of two, at least 8."""
+    return 2 ** int(math.log2(max(8, SCORES // s)))
+
+
+def _padding(t: int, s: int) -> int:
+    """Rows to add to T queries so that large blocks divide them: a sixteenth of them at most, or
+    what makes them a multiple of 8."""
+    block = _largest_block(s)
+    while block > 8 and -t % block > t // 16:
+        block //= 2
+    return -t % block
 
 
 def _spread(x: Array, width: int) -> Array:
@@ -80,7 +95,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def _call(kernel: Callable, q: Array, k: Array, outputs: str, matmuls: int) -> Callable:
     """A kernel over (rows of the batch, blocks of queries, tiles of heads)."""
     (b, t, c), (_, g, s, w) = q.shape, k.shape
-    block = math.gcd(t, max(8, SCORES // s))
+    block = math.gcd(t, _largest_block(s))
     queries = pl.BlockSpec((1, block, w), lambda i, j, h: (i, j, h))
     keys = pl.BlockSpec((1, g, s, w), lambda i, j, h: (i, 0, 0, 0))
     row = pl.BlockSpec((1, 1, s), lambda i, j, h: (i, 0, 0))

@@ -17,10 +17,10 @@ SUBLANES = 8
 def normed_attention(
     q: Array, k: Array, v: Array, bias: Array | None, scale: Array, *, eps: float
 ) -> Array:
-    """See `Primitives.normed_attention`; several key/value heads, biases by query and odd widths
-    take the plain way."""
+    """See `Primitives.normed_attention`; several key/value heads and biases by query take the plain
+    way."""
     by_query = bias is not None and bias.shape[1:3] != (1, 1)
-    if k.shape[2] > 1 or by_query or q.shape[1] % SUBLANES:
+    if k.shape[2] > 1 or by_query:
         return primitives.attention(primitives.rms_norm(q, scale, eps=eps), k, v, bias)
     return flash.attention(q, k, v, bias, scale, eps)
 

@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from dreamlite_jax import pretrained, system
-from dreamlite_jax.data import pipeline
+from dreamlite_jax.data import pipeline, transforms
 from dreamlite_jax.data.mixture import EDIT, TASKS
 from dreamlite_jax.data.prompts import DropCounts
+from dreamlite_jax.data.transforms import Size
 from dreamlite_jax.models import autoencoder, unet_config
 from dreamlite_jax.models.qwen3_vl.config import QWEN3_VL_2B
 from dreamlite_jax.objectives import dmd2, grpo, nft
@@ -64,13 +65,18 @@ class Abstract(NamedTuple):
     flops: float  # of the whole batch
 
 
-def step_of(raw: ConfigDict, mesh: Mesh, update: str = STEP) -> Abstract:
+def step_of(
+    raw: ConfigDict, mesh: Mesh, update: str = STEP, bucket: Size | None = None
+) -> Abstract:
     """The step of a config or what `update` says of it, shapes of its arguments on the mesh and of
     what a run holds beside them (networks, and the parameters before a step that is logged), and
     the FLOPs of the model's arithmetic.
 
+    Args:
+      bucket: (height, width) in pixels, one of the config's; None: the square one.
+
     Raises:
-      ConfigError: there is no such step.
+      ConfigError: there is no such step, or no such bucket.
     """
     if tuple(raw.train) != ("unet",):
         raise checks.ConfigError(
@@ -84,7 +90,7 @@ def step_of(raw: ConfigDict, mesh: Mesh, update: str = STEP) -> Abstract:
         numbers = raw.batch_size, raw.accumulation, mesh.size
         if wrong := reinforcement.problems(rl, loss, *numbers, tasks):
             raise checks.ConfigError("; ".join(wrong))
-    batch = batch_of(raw, config, tasks, rl)
+    batch = batch_of(raw, config, tasks, rl, bucket)
     context_length = batch["context"].shape[1]
     optimisation = train_config.optimisation_of(raw)
     trained = {"unet": pretrained.param_shapes(pretrained.UNET, config.unet)}
@@ -286,17 +292,25 @@ def batch_of(
     config: system.Config,
     tasks: Sequence[str],
     rl: reinforcement.Settings | None,
+    bucket: Size | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of stored latents and embeddings, in the square bucket."""
+    """Shapes of a batch of stored latents and embeddings; `bucket` as in `step_of`."""
+    if bucket is None:
+        bucket = raw.image_size, raw.image_size
+    else:
+        known = transforms.aspect_buckets(raw.image_size, config.pixel_multiple, raw.max_ratio)
+        if bucket not in known:
+            said = ", ".join(f"{height}x{width}" for height, width in known)
+            raise checks.ConfigError(f"{bucket[0]}x{bucket[1]} is no bucket of the config: {said}")
     edits = EDIT in tasks
     if problems := checks.without_pane(raw, edits):
         raise checks.ConfigError("; ".join(problems))
-    b, side = raw.batch_size, raw.image_size // config.vae.factor
+    b, (height, width) = raw.batch_size, (side // config.vae.factor for side in bucket)
     if rl:
         b //= rl.rollouts.group  # prompts
     drops = (getattr(DropCounts(), pipeline.MODES[task]) for task in tasks)
     tokens = (raw.text_length or pipeline.default_text_length(edits)) - min(drops)
-    latents = (b, side, side, config.vae.latent_channels)
+    latents = (b, height, width, config.vae.latent_channels)
     shapes = {
         "task": ((b,), jnp.int32),
         "time_ids": ((b, 2), jnp.float32),
