@@ -185,13 +185,16 @@ def written(file: Path) -> str | None:
 
 
 def made_with(cell: Cell, maker: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a cell's pictures and verdicts depend on, as JSON gives it back; settings as they
-    are given, None for a model's own."""
+    """What a cell's pictures and verdicts depend on, as JSON gives it back; settings as they are
+    given, None for a model's own. Networks of earlier runs are taken to be as they were."""
     world = {"world": WORLD.value, "seed": SEED.value}
     if not maker:
         file = pictures_of(cell)
         return {**world, "pictures": str(file.resolve()), "written": written(file)}
-    return {**world, **{name: getattr(cell.variant, name) for name in SETTINGS}, **maker}
+    given = {name: getattr(cell.variant, name) for name in SETTINGS}
+    if cell.task != mixture.EDIT:
+        del given["image_guidance"]
+    return {**world, **given, **maker}
 
 
 def to_draw(cell: Cell, wanted: Mapping[str, Any]) -> str | None:

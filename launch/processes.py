@@ -1,6 +1,5 @@
 """How the processes of one command find each other, on a pod or anywhere."""
 
-import contextlib
 from collections.abc import Callable
 
 import jax
@@ -41,10 +40,11 @@ def join_pod() -> None:
     Raises:
       CommandError: the hosts have not found each other.
     """
-    with contextlib.suppress(ValueError, RuntimeError):  # one host may have neither
+    try:
         jax.distributed.initialize()
-    if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise cli.CommandError(
-            f"{jax.process_count()} hosts share these TPUs, but have not found each other: say "
-            "--coordinator=HOST:PORT, --processes and --process on each"
-        )
+    except (ValueError, RuntimeError, OSError) as error:  # one host alone may have neither
+        if jax.process_count() > 1:
+            raise cli.CommandError(
+                f"{jax.process_count()} hosts share these TPUs, but have not found each other "
+                f"({error}): say --coordinator=HOST:PORT, --processes and --process on each"
+            ) from error

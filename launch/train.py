@@ -42,9 +42,10 @@ def main() -> None:
     connect()
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().setFormatter(None)
-    run = train_config.opened(CONFIG.value, WORKDIR.value)
-    report(run)
-    stage = peers.together(lambda: train_config.make_stage(run))
+    with peers.leaving_with_the_lost():
+        run = train_config.opened(CONFIG.value, WORKDIR.value)
+        report(run)
+        stage = peers.together(lambda: train_config.make_stage(run))
     rows = sharding.own_rows(run.mesh, run.recipe.batch_size)
 
     def batches_from(step: int):

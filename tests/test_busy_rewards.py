@@ -5,12 +5,26 @@ import threading
 import time
 
 import pytest
-from test_remote_rewards import IDENTITY, QUICK, Clock, Script, identity, requests_of, slow, started
+from test_remote_rewards import (
+    IDENTITY,
+    QUICK,
+    Clock,
+    Script,
+    identity,
+    proper,
+    requests_of,
+    started,
+)
 
 from dreamlite_jax.rewards import opening, protocol, remote, serving
 from dreamlite_jax.rewards.base import RewardError, scored
 
-IMPATIENT = QUICK._replace(patience=0.0, timeout=0.2)
+IMPATIENT = QUICK._replace(patience=0.0, timeout=1.5)
+
+
+def slow(name, scores):
+    time.sleep(3.0)
+    return proper(name, scores)
 
 
 @pytest.fixture
@@ -51,10 +65,10 @@ def warned(monkeypatch):
 
 
 def test_a_busy_server_is_waited_for_beyond_all_patience(script, warned):
-    made = script(slow, slow, slow)
+    made = script(slow, slow)
     reward = remote.open_remote(made.url, IMPATIENT)
     assert scored(reward, requests_of([5, 2])).tolist() == [5, 2]
-    assert made.seen == 4
+    assert made.seen == 3
     assert warned == [f"reward identity: {made.url} is busy (timed out): waiting"]
 
 

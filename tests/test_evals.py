@@ -225,13 +225,14 @@ def test_what_was_made_otherwise_is_made_anew(scored, tmp_path):
     index.write_text("{}")
     out, calls = scored(index.parent)
     assert calls == 1 and "anew" not in out
-    flags = ["--steps=4", "--guidance=1", "--image_guidance=2", "--count=6", "--diversity=2"]
+    flags = ["--steps=4", "--guidance=1", "--stochastic=0.5", "--count=6", "--diversity=2"]
     for k, flag in enumerate(flags):
         name, value = flag[2:].split("=")
         out, calls = scored(index.parent, *flags[: k + 1])
         assert calls == k + 2 and f"m t2i iid: made anew, as {name} was " in out
         assert f", is {value}" in out and out.count(" was ") == 1
         assert scored(index.parent, *flags[: k + 1])[1] == k + 2  # what is there stays
+    assert scored(index.parent, *flags, "--image_guidance=2")[1] == 6  # of edits alone
     os.utime(index, (0, 0))
     out, calls = scored(index.parent, *flags)
     assert calls == 7 and "is 1970-01-01T00:00:00" in out

@@ -133,7 +133,7 @@ def test_samples_that_do_not_fit_end_a_run_that_is_saved(tmp_path):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB of 2")
 
     drawing = stage({})._replace(predict_fns={"sample": predict})
-    with pytest.raises(loop.TrainingError, match=r"after step 4 does not fit .* sample\.rows"):
+    with pytest.raises(loop.TrainingError, match=r"after step 4 does not fit .*sample\.rows"):
         loop.fit(drawing, batches_from, schedule(sample_every=4), tmp_path)
     assert checkpoint.latest_step(tmp_path) == 4
 

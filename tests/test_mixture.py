@@ -121,6 +121,13 @@ def test_samples_of_fixed_sizes_are_never_seen_at_another():
             assert size == plan.buckets[bucket]
 
 
+@pytest.mark.parametrize("rare", [[3e-4] * 2, [5e-4] * 5, [1e-5] * 400])
+def test_rare_buckets_have_a_step_each(rare):
+    cycle = mixture._cycle(np.array([1 - sum(rare), *rare]), seed=0)
+    counts = np.bincount(cycle, minlength=len(rare) + 1)
+    assert counts[1:].tolist() == [1] * len(rare) and len(cycle) == CYCLE
+
+
 def test_fixed_sizes_that_are_no_bucket_are_refused():
     streams = [Stream("a", Numbers([[256, 256], [512, 512]]))]
     said = r"a was precomputed at 512x512 pixels \(record 1\), which is no bucket of .*; remove"

@@ -10,7 +10,7 @@ import pytest
 from configs import distill_dmd2, phase1_t2i_256, rl_grpo
 from configs.photographs import phase1_t2i as photographs
 from configs.shapes import autoencoder, phase3_joint, rl_nft
-from dreamlite_jax import pretrained, system, tiny
+from dreamlite_jax import pretrained, tiny
 from dreamlite_jax.models.unet_config import DREAMLITE, NANO, TINY, UNetConfig
 from dreamlite_jax.train import checkpoint, distillation, origins
 from dreamlite_jax.train import config as train_config
@@ -120,12 +120,15 @@ def test_what_starts_elsewhere_makes_none(quick, tmp_path):
     assert not train_config.meta_of(train_config.opened(scratch, tmp_path / "b"))["mobile"]
 
 
-def test_checkpoints_that_do_not_say_it_are_as_their_model_directory(cache, tmp_path):
-    mobile = tiny.tiny_model_dir(tmp_path / "mobile", mobile=True)
-    for folder in (cache / "model", mobile):
-        said = {"model_dir": str(folder)}
-        assert origins.makes_mobile(said) == system.read_config(folder).mobile
-        assert origins.makes_mobile({**said, "mobile": True})
+def test_checkpoints_that_do_not_say_it_are_as_the_model_directory(quick, tmp_path, monkeypatch):
+    """Of the run that starts from them, wherever their own has gone."""
+    begun(quick(), tmp_path / "run")
+    saved = checkpoint.read_meta(tmp_path / "run")[1]
+    older = {k: v for k, v in saved.items() if k != "mobile"} | {"model_dir": "/gone"}
+    monkeypatch.setattr(checkpoint, "read_meta", lambda *_: (1, older))
+    run = Origin("run", str(tmp_path / "run"))
+    assert not origins.is_mobile(run)
+    assert [origins.is_mobile(run, kind) for kind in (False, True)] == [False, True]
 
 
 # --- Workdirs of other stages ---------------------------------------------------------------------

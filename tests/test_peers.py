@@ -116,7 +116,11 @@ def test_two_processes_begin_together_or_not_at_all(tmp_path):
         )
         for k in range(2)
     ]
-    said = [process.communicate(timeout=100)[0].splitlines() for process in processes]
+    try:
+        said = [process.communicate(timeout=100)[0].splitlines() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     first, second = (ast.literal_eval(lines[-1]) for lines in said)
     lost = "process 1 of 2 cannot begin: its log says why"
     for found in (first, second):
@@ -134,12 +138,9 @@ def test_two_processes_begin_together_or_not_at_all(tmp_path):
 @pytest.mark.parametrize("platforms", [None, "cpu", "tpu,cpu"])
 def test_hosts_of_a_pod_join_without_being_told_of_each_other(platforms, monkeypatch):
     joined = []
-    distributed = types.SimpleNamespace(
-        initialize=lambda *given: joined.append(given), is_initialized=lambda: bool(joined)
-    )
     fake = types.SimpleNamespace(
         config=types.SimpleNamespace(jax_platforms=platforms),
-        distributed=distributed,
+        distributed=types.SimpleNamespace(initialize=lambda *given: joined.append(given)),
         process_count=lambda: 4,
     )
     monkeypatch.setattr(processes, "jax", fake)
@@ -147,7 +148,12 @@ def test_hosts_of_a_pod_join_without_being_told_of_each_other(platforms, monkeyp
         flags.FLAGS(["train", "--workdir=run"])
         command.connect()
     assert joined == ([()] if platforms == "tpu,cpu" else [])
-    distributed.initialize = lambda: None  # nobody knows the others
-    joined.clear()
-    with pytest.raises(cli.CommandError, match=r"4 hosts .* not found each other: say --coo"):
+
+    def late():
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+
+    fake.distributed.initialize = late
+    with pytest.raises(cli.CommandError, match=r"4 hosts .* each other \(DEADLINE_EX.*say --coo"):
         processes.join_pod()
+    fake.process_count = lambda: 1
+    processes.join_pod()  # alone there is nobody to find

@@ -79,7 +79,9 @@ def test_an_axis_of_the_mesh_that_divides_too_few_parameters_is_told():
     """The released U-Net's inner width is 7 x 128."""
     shapes = {"unet": pretrained.param_shapes(pretrained.UNET, unet_config.DREAMLITE)}
     (line,) = sharding.advice(shapes, RULES, AbstractMesh((1, 256), sharding.AXES))
-    assert "mesh.fsdp=256 does not divide 72 %" in line and "mesh.fsdp=128 and" in line
+    assert "holds 72 %, as mesh.fsdp=256" in line and "mesh.fsdp=128 and" in line
+    (line,) = sharding.advice(shapes, RULES, AbstractMesh((1, 192), sharding.AXES))
+    assert "mesh.fsdp=64 and" in line
     assert sharding.advice(shapes, RULES, AbstractMesh((2, 128), sharding.AXES)) == []
     assert sharding.advice(shapes, RULES, AbstractMesh((8, 1), sharding.AXES)) == []
 

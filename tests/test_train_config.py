@@ -22,6 +22,7 @@ from dreamlite_jax.models import unet_config
 from dreamlite_jax.train import checkpoint, optim, origins, stages
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train.config import ConfigError, settings_of
+from dreamlite_jax.train.rollouts import REFERENCE
 
 CONFIGS = sorted(
     file.relative_to(ROOT)
@@ -201,7 +202,8 @@ def test_every_quick_variant_opens(file, cache, tmp_path):
     assert run.mesh.shape == {"data": 1, "fsdp": 1}
     trained, frozen = train_config.load_params(run)
     assert tuple(trained) == tuple(config.train)
-    assert {*trained, *frozen} == set(train_config.networks_of(config))
+    reference = {REFERENCE} if run.reference else set()
+    assert {*trained, *frozen} == {*train_config.networks_of(config), *reference}
     assert not trained.keys() & frozen.keys()
     assert run.loss == train_config.STAGES[config.stage](**config.loss)
 

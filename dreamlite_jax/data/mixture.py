@@ -173,7 +173,7 @@ def _cycle(shares: np.ndarray, seed: int) -> np.ndarray:
     exact = shares / shares.sum() * CYCLE
     counts = np.maximum(exact.astype(int), 1)
     while (missing := CYCLE - counts.sum()) != 0:  # largest remainders first
-        k = (exact - counts).argmax() if missing > 0 else (exact - counts).argmin()
+        k = (exact - counts).argmax() if missing > 0 else counts.argmax()
         counts[k] += np.sign(missing)
     order = np.repeat(np.arange(len(shares)), counts)
     return np.random.default_rng((seed, CYCLE)).permutation(order)

@@ -185,13 +185,14 @@ def _is_busy(url: str, settings: Settings, before: int | None) -> tuple[bool, in
     """Whether a server that was late works, and how many requests it has answered, if it says so.
 
     It works if its status page answers and others got scores since it had answered `before`, None
-    where that is unknown: a model that hangs leaves the page as it is.
+    where that is unknown: a model that hangs leaves the page as it is. One that does not say counts
+    as away.
     """
     try:
         answered = protocol.read_answered(_status(url, settings))
     except (_AwayError, _WrongError, ValueError):  # RewardError is one, too
-        return False, None
-    return answered is None or answered != before, answered
+        return False, before
+    return answered is not None and answered != before, answered
 
 
 def _status(url: str, settings: Settings) -> bytes:

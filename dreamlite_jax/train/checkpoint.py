@@ -94,7 +94,10 @@ def open_manager(
         logging.warning("%s: checkpoint %s was cut short by a kill, it is removed", folder, step)
     for problem in folders.problems(folder):
         raise CheckpointError(f"{folder}: {problem}")
-    manager = ocp.CheckpointManager(folder, options=options)
+    try:
+        manager = ocp.CheckpointManager(folder, options=options)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot hold checkpoints ({brief(error)})") from error
     try:
         yield manager
     except BaseException:

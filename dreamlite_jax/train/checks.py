@@ -4,11 +4,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from dreamlite_jax import pretrained, system
 from dreamlite_jax.data import transforms
 from dreamlite_jax.errors import UserError
+from dreamlite_jax.train import optim
 
 DIFFUSION, AUTOENCODER, DMD2 = "diffusion", "autoencoder", "dmd2"
 GRPO, NFT = REWARDED = "grpo", "nft"
@@ -109,3 +112,17 @@ def _at(raw: ConfigDict, key: str) -> Any:
     for part in key.split("."):
         raw = raw[part]
     return raw
+
+
+def nothing_trained(raw: ConfigDict, config: system.Config, settings: optim.Settings) -> list[str]:
+    """Names in `train` of which `optim.trained` chooses nothing."""
+    found = []
+    for name in sorted(set(raw.train) & set(system.NETWORKS)) if settings.trained else ():
+        shapes = pretrained.param_shapes(system.NETWORKS[name], getattr(config, name))
+        if not any(jax.tree.leaves(optim.matching({name: shapes}, settings.trained))):
+            path = optim.path_name(jax.tree_util.tree_leaves_with_path({name: shapes})[0][0])
+            found.append(
+                f"optim.trained {settings.trained!r} matches no parameter of the {name}, whose "
+                f"paths are such as {path}; leave {name} out of train, or change the regex"
+            )
+    return found

@@ -82,6 +82,8 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
       ConfigError: all that is wrong.
     """
     problems: list[str] = []
+    for unlike in peers.unlike(config=raw.to_dict()):  # before anything that it decides
+        raise ConfigError(unlike)
 
     def attempt(make, *args, **kw):
         """The value, or None and a problem more."""
@@ -115,7 +117,7 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
     model_dir = model_dir_of(raw, workdir)
     config = attempt(_system_config, raw, model_dir)
     if config and optimiser and not wrong_optimiser:
-        problems += _nothing_trained(raw, config, optimiser)
+        problems += checks.nothing_trained(raw, config, optimiser)
     recipe = validation = None
     if not config:  # what the data lacks does not wait until the model is there
         for where in ("data", "validation"):
@@ -141,11 +143,16 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         attempt(distillation.settings_of, raw.distill, settings_of) if raw.stage == DMD2 else None
     )
     problems += distillation.problems(distill, raw.steps) if distill else []
-    # Before anything is read together: a process that may not get there would be waited for.
-    problems += peers.elsewhere(problems)
-    if problems and jax.process_count() > 1:
-        raise ConfigError("; ".join(dict.fromkeys(problems)))
+
+    def begin_together():
+        """Before what is read together: a process that may not get there would be waited for."""
+        problems.extend(peers.elsewhere(problems))
+        if problems and jax.process_count() > 1:
+            raise ConfigError("; ".join(dict.fromkeys(problems)))
+
+    begin_together()
     found = attempt(_origins, raw, workdir, model_dir)
+    begin_together()
     problems += attempt(origins.stage_problems, found or {}, raw.stage) or []
     problems += checks.without_pane(raw, any(r and r.edits for r in (recipe, validation)))
     if (rewarded or raw.stage == DMD2) and found:
@@ -162,8 +169,8 @@ def opened(raw: ConfigDict, workdir: str | os.PathLike) -> Run:
         random = raw.model in tiny.PRESETS or raw.unet == "nano"  # nothing is learnt there
         problems += attempt(distillation.teacher_problems, teacher, random) or []
         problems += attempt(origins.problems, {"unet": teacher}, config) or []
-    problems += peers.elsewhere(problems)
-    problems += peers.unlike(config=raw.to_dict(), data=recipe and pipeline.description(recipe))
+    begin_together()
+    problems += peers.unlike(data=recipe and pipeline.description(recipe))
     if problems:
         raise ConfigError("; ".join(dict.fromkeys(problems)))
     if distill:
@@ -222,20 +229,6 @@ def rules_of(raw: ConfigDict) -> tuple[sharding.Rule, ...]:
         if not (isinstance(rule, tuple | list) and [type(part) for part in rule] == [str, str]):
             raise ConfigError(f"sharding: {rule!r} is no pair of strings (regex, spec)")
     return tuple((regex, spec) for regex, spec in raw.sharding) + sharding.RULES
-
-
-def _nothing_trained(raw: ConfigDict, config: system.Config, settings: optim.Settings) -> list[str]:
-    """Names in `train` of which `optim.trained` chooses nothing."""
-    found = []
-    for name in sorted(set(raw.train) & set(system.NETWORKS)) if settings.trained else ():
-        shapes = pretrained.param_shapes(system.NETWORKS[name], getattr(config, name))
-        if not any(jax.tree.leaves(optim.matching({name: shapes}, settings.trained))):
-            path = optim.path_name(jax.tree_util.tree_leaves_with_path({name: shapes})[0][0])
-            found.append(
-                f"optim.trained {settings.trained!r} matches no parameter of the {name}, whose "
-                f"paths are such as {path}; leave {name} out of train, or change the regex"
-            )
-    return found
 
 
 def model_dir_of(raw: ConfigDict, workdir: str | os.PathLike) -> Path:
@@ -344,13 +337,19 @@ def networks_of(raw: ConfigDict) -> tuple[str, ...]:
 
 
 def load_params(run: Run) -> tuple[Params, Params]:
-    """The parameters that are trained and those that are not, as host arrays by network."""
+    """The parameters that are trained and those that are not, as host arrays by network; among the
+    latter the reference of a run that has one."""
     raw, params = run.raw, {}
-    for name in networks_of(raw):
-        doing = "trained" if name in raw.train else "frozen"
+    wanted = {name: (name, run.origins[name]) for name in networks_of(raw)}
+    for name, (_, origin) in wanted.items():
         if jax.process_index() == 0:
-            logging.info("%s: %s, from %s", name, doing, run.origins[name])
-        params[name] = origins.load(name, run.origins[name], getattr(run.config, name), raw.seed)
+            doing = "trained" if name in raw.train else "frozen"
+            logging.info("%s: %s, from %s", name, doing, origin)
+    if run.reference:
+        wanted[REFERENCE] = "unet", run.reference
+    # Runs first, which processes read together: none then waits for one that lacks a directory.
+    for key, (name, origin) in sorted(wanted.items(), key=lambda one: one[1][1].kind != "run"):
+        params[key] = origins.load(name, origin, getattr(run.config, name), raw.seed)
     trained = {name: params[name] for name in raw.train}
     return trained, {name: tree for name, tree in params.items() if name not in trained}
 
@@ -382,9 +381,6 @@ def flops_of_step(run: Run) -> float | None:
 def make_stage(run: Run) -> Stage:
     """The stage, with its parameters read and its evaluators ready."""
     trained, frozen = load_params(run)
-    if run.reference:
-        given = "unet", run.reference, run.config.unet, run.raw.seed
-        frozen[REFERENCE] = origins.load(*given)
     if run.distill:
         return _distillation_stage(run, frozen.pop(REFERENCE), trained, frozen)
     loss_fn, how = make_loss(run), run.optimisation

@@ -25,9 +25,11 @@ def _unusable(folder: epath.Path) -> list[str]:
     """Does in it what a save will."""
     made, renamed = (folder / f".{jax.process_index()}{ending}" for ending in ("", ".renamed"))
     try:
-        for old in (made, renamed):
-            if old.exists():
+        for old in (made, renamed):  # of a process that was killed
+            if old.is_dir():
                 old.rmtree()
+            else:
+                old.unlink(missing_ok=True)
         inner = made / "state"
         inner.mkdir(parents=True)
         (inner / "file").write_text("")

@@ -1,6 +1,7 @@
 """The one loop. A stage is a tuple of plain functions; `fit` runs it, saves it, goes on with it."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -317,20 +318,27 @@ def _mean(values: list[float]) -> float:
 
 def _predict(stage: Stage, state: Any, frozen: Any, step: int, writer: Writer) -> None:
     for name, predict in stage.predict_fns.items():
-        try:
-            found = predict(state, frozen, step)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise TrainingError(
-                f"{name} after step {step} does not fit the devices' memory beside the training: "
-                f"lower sample.rows, or set sample.every=0 ({brief(error)})"
-            ) from error
+        found = peers.together(
+            functools.partial(_predicted, name, predict, state, frozen, step),
+            f"{name} after step {step} failed on another process",
+        )
         if found.metrics:
             writer.write(step, found.metrics)
             logging.info("%s after step %d: %s", name, step, dict(found.metrics))
         for title, picture in found.pictures.items():
             writer.write_images(step, title, picture)
+
+
+def _predicted(name: str, predict: Callable, state: Any, frozen: Any, step: int) -> Predictions:
+    try:
+        return predict(state, frozen, step)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingError(
+            f"{name} after step {step} does not fit the devices' memory beside the training: draw "
+            f"less (sample.rows) or never (sample.every=0): {brief(error)}"
+        ) from error
 
 
 def _leaving(asked: Callable[[], bool], step: int, every: int) -> bool:

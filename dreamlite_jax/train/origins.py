@@ -99,21 +99,16 @@ def reference(init_from: str, model_dir: str | Path) -> Origin:
     return choose(("unet",), (), "unet", model_dir, init_from, model_dir)["unet"]
 
 
-def is_mobile(origin: Origin) -> bool:
-    """Whether a network comes from a model for few steps without guidance."""
+def is_mobile(origin: Origin, older: bool = False) -> bool:
+    """Whether a network comes from a model for few steps without guidance; `older` of a run that
+    does not say."""
     match origin.kind:
         case "model":
             return system.read_config(origin.folder).mobile
         case "run" | "own":
-            return makes_mobile(checkpoint.read_meta(origin.folder)[1])
+            return checkpoint.read_meta(origin.folder)[1].get("mobile", older)
         case "scratch":
             return False
-
-
-def makes_mobile(meta: Mapping[str, Any]) -> bool:
-    """Whether a run with this meta makes a model for few steps without guidance: as it says, or,
-    where it does not, as its model directory is one."""
-    return meta["mobile"] if "mobile" in meta else system.read_config(meta["model_dir"]).mobile
 
 
 def lacks_pane(origin: Origin) -> bool:
@@ -270,7 +265,7 @@ def meta_of(
         "model_dir": str(model_dir.resolve()),
         "configs": {name: getattr(config, name).to_dict() for name in system.NETWORKS},
         "pane": config.pane,
-        "mobile": is_mobile(origins["unet"]),
+        "mobile": is_mobile(origins["unet"], config.mobile),
     }
 
 
@@ -283,7 +278,8 @@ def load_run(
     Args:
       step: of the run's checkpoint; None: the latest.
       part: "ema", the average, or "params", the parameters of the last step.
-      mobile: whether it is a model for few steps without guidance; None: as `makes_mobile`.
+      mobile: whether it is a model for few steps without guidance; None: as the run says, or, where
+        it does not, as its model directory is one.
 
     Raises:
       checkpoint.CheckpointError: the run, or one before it, has no such checkpoint.
@@ -295,11 +291,9 @@ def load_run(
         name: component.config.from_dict(meta["configs"][name])
         for name, component in system.NETWORKS.items()
     }
-    config = system.read_config(model_dir)._replace(
-        **networks,
-        mobile=makes_mobile(meta) if mobile is None else mobile,
-        pane=learned_pane(meta),
-    )
+    base = system.read_config(model_dir)
+    made_mobile = meta.get("mobile", base.mobile) if mobile is None else mobile
+    config = base._replace(**networks, mobile=made_mobile, pane=learned_pane(meta))
     runs, inside = meta["trained_by"], meta.get("inside", "")
     params = {}
     for name, network in networks.items():

@@ -110,16 +110,20 @@ def unspread(tree: Any, rules: Sequence[Rule], mesh: Mesh | AbstractMesh) -> flo
 
 
 def advice(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> list[str]:
-    """A line where more than a twentieth of a tree's numbers is on every device, as `fsdp` divides
-    too few of its axes, and the largest half, quarter, ... of `fsdp` that divides enough."""
-    size, share = mesh.shape["fsdp"], unspread(tree, rules, mesh)
-    if size == 1 or share <= 0.05:
+    """A line where a divisor of `fsdp` would leave a device less of a tree, as that divides more
+    of its axes."""
+    size = mesh.shape["fsdp"]
+
+    def held(n: int) -> float:
+        whole = unspread(tree, rules, AbstractMesh((1, n), AXES))
+        return whole + (1 - whole) / n
+
+    best = min((n for n in range(1, size + 1) if size % n == 0), key=held)
+    if held(best) >= held(size):
         return []
-    halves = (size // 2**k for k in range(1, size.bit_length()))
-    fitting = (n for n in halves if unspread(tree, rules, AbstractMesh((1, n), AXES)) <= 0.05)
     return [
-        f"mesh.fsdp={size} does not divide {100 * share:.0f} % of the parameters, which every "
-        f"device holds whole: mesh.fsdp={next(fitting, 1)} and mesh.data=-1 takes less memory"
+        f"of the parameters every device holds {100 * held(size):.0f} %, as mesh.fsdp={size} "
+        f"divides few of them; with mesh.fsdp={best} and mesh.data=-1 {100 * held(best):.1f} %"
     ]
 
 
