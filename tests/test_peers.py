@@ -53,6 +53,16 @@ def test_is_lost(error, lost, two, monkeypatch):
     assert not peers.is_lost(error)
 
 
+def test_what_the_loss_of_another_ends_is_not_exchanged_with_it(two, monkeypatch):
+    monkeypatch.setattr(signals, "on_any_process", lambda _: pytest.fail("would wait"))
+
+    def do():
+        raise RuntimeError(LOST)
+
+    with pytest.raises(RuntimeError, match="reset by peer"):
+        peers.together(do)
+
+
 def test_leaving(two, monkeypatch, capsys):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)

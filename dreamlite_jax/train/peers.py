@@ -50,12 +50,15 @@ def together(
       UserError: what `do` raises, or on the others one that says `elsewhere`: all can save and
         leave.
       Exception: what `do` raises that is none; AloneError on the others, which leave without saving
-        either: they would wait for this one to save with them.
+        either: they would wait for this one to save with them. That another process is gone, at
+        once.
     """
     value = failure = None
     try:
         value = do()
     except Exception as error:
+        if is_lost(error):  # with whom nothing can be exchanged any more
+            raise
         failure = error
     if signals.on_any_process(failure is not None):
         unforeseen = failure is not None and not isinstance(failure, UserError)
