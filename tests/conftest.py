@@ -1,12 +1,13 @@
 """Lets tests import what they share: commands and training here, reference in parity/."""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,23 @@ def cache(tmp_path_factory) -> Path:
         with contextlib.suppress(OSError):  # another process was faster
             tiny.tiny_model_dir(own / "model").rename(folder / "model")
     return folder
+
+
+@pytest.fixture
+def quick(cache: Path) -> Callable:
+    """A function that gives a config's quick variant with some keys changed, on the shared tiny
+    model; `optim__lr` is the key optim.lr."""
+    from configs.shapes import phase3_joint
+
+    def make(module=phase3_joint, **changes):
+        config = module.get_config("quick")
+        config.model = str(cache / "model")
+        for key, value in changes.items():
+            *path, last = key.split("__")
+            functools.reduce(lambda at, part: at[part], path, config)[last] = value
+        return config
+
+    return make
 
 
 @pytest.fixture

@@ -183,6 +183,16 @@ def test_the_arithmetic_of_a_rollout(kind):
     assert 2 * found == pytest.approx(costs.flops_of(rollout, *given), rel=0.02)
 
 
+def test_a_bucket_has_its_own_program(config):
+    raw = opened(config)
+    raw.max_ratio = 2.0
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    system_config = abstract.system_of(raw, mesh)
+    for bucket, latents in ((None, (8, 8)), ((48, 80), (6, 10))):
+        batch = abstract.batch_of(raw, system_config, ("edit",), None, bucket)
+        assert batch["source_latents"].shape == (8, *latents, 4)
+
+
 def test_a_rollout_that_does_not_fit_and_its_updates(reinforced, tmp_path, capfd):
     """No share of the peak is made of what loops repeat. Of the updates the account alone, which
     takes no compiler."""

@@ -128,6 +128,17 @@ def test_what_one_of_several_processes_cannot_read_is_not_saved_together(tmp_pat
     assert not saved
 
 
+@pytest.mark.parametrize("every, expected", [(1, [1, 2, 3, 4]), (2, [2, 4])])
+def test_several_processes_ask_each_other_whether_to_leave_at_times(every, expected, monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop.signals, "on_any_process", lambda flag: flag)
+    for step in range(1, 5):
+        if loop._leaving(lambda: True, step, every):
+            asked.append(step)
+    assert asked == expected
+
+
 def test_samples_that_do_not_fit_end_a_run_that_is_saved(tmp_path):
     def predict(state, frozen, step):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB of 2")

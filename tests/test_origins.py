@@ -1,11 +1,11 @@
 """Where a run's networks are from, and what its checkpoints say of them to those that follow."""
 
 import dataclasses
-import functools
 import json
 
 import jax.numpy as jnp
 import pytest
+import training
 
 from configs import distill_dmd2, phase1_t2i_256, rl_grpo
 from configs.photographs import phase1_t2i as photographs
@@ -27,29 +27,6 @@ OLD_NAMES = {
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpRemoveSelfAttnBlock2DV1", "UpBlock2D"],
     "layers_per_block": [2, 2, 2],
 }
-
-
-@pytest.fixture
-def quick(cache):
-    def make(module=phase3_joint, **changes):
-        config = module.get_config("quick")
-        config.model = str(cache / "model")
-        for key, value in changes.items():
-            *path, last = key.split("__")
-            functools.reduce(lambda at, part: at[part], path, config)[last] = value
-        return config
-
-    return make
-
-
-def begun(config, workdir, change=lambda meta: None):
-    """A run, and a checkpoint of it with what it says of itself; `change` makes that another's."""
-    run = train_config.opened(config, workdir)
-    meta = train_config.meta_of(run)
-    change(meta)
-    with checkpoint.open_manager(workdir) as manager:
-        checkpoint.save(manager, 1, {"x": jnp.ones(1)}, meta)
-    return run
 
 
 # --- The same network, spelled otherwise ----------------------------------------------------------
@@ -92,7 +69,7 @@ def distilled(cache, tmp_path):
     config = distill_dmd2.get_config("quick")
     config.model = config.init_from = str(cache / "model")
     config.unet = "tiny"
-    begun(config, tmp_path / "distilled")
+    training.begun(config, tmp_path / "distilled")
     return str(tmp_path / "distilled")
 
 
@@ -100,7 +77,7 @@ def distilled(cache, tmp_path):
 def test_what_starts_from_a_distilled_model_makes_one(module, quick, cache, tmp_path):
     student = distilled(cache, tmp_path)
     config = quick(module, init_from=student, unet="tiny")
-    began = begun(config, tmp_path / "run")
+    began = training.begun(config, tmp_path / "run")
     assert began.origins["unet"] == Origin("run", student)
     later = Origin("run", str(tmp_path / "run"))
     assert origins.is_mobile(later)
@@ -111,7 +88,7 @@ def test_what_starts_from_a_distilled_model_makes_one(module, quick, cache, tmp_
 
 
 def test_what_starts_elsewhere_makes_none(quick, tmp_path):
-    begun(quick(), tmp_path / "run")
+    training.begun(quick(), tmp_path / "run")
     assert not origins.is_mobile(Origin("run", str(tmp_path / "run")))
     mobile = str(tiny.tiny_model_dir(tmp_path / "mobile", mobile=True))
     from_it = quick(init_from=mobile, unet="tiny", model=mobile)
@@ -122,7 +99,7 @@ def test_what_starts_elsewhere_makes_none(quick, tmp_path):
 
 def test_checkpoints_that_do_not_say_it_are_as_the_model_directory(quick, tmp_path, monkeypatch):
     """Of the run that starts from them, wherever their own has gone."""
-    begun(quick(), tmp_path / "run")
+    training.begun(quick(), tmp_path / "run")
     saved = checkpoint.read_meta(tmp_path / "run")[1]
     older = {k: v for k, v in saved.items() if k != "mobile"} | {"model_dir": "/gone"}
     monkeypatch.setattr(checkpoint, "read_meta", lambda *_: (1, older))
@@ -135,7 +112,7 @@ def test_checkpoints_that_do_not_say_it_are_as_the_model_directory(quick, tmp_pa
 
 
 def test_a_workdir_of_another_stage_is_refused(quick, tmp_path):
-    begun(quick(), tmp_path)
+    training.begun(quick(), tmp_path)
     with pytest.raises(ConfigError) as error:
         train_config.opened(quick(rl_nft), tmp_path)
     message = str(error.value)
@@ -147,7 +124,7 @@ def test_a_workdir_of_another_stage_is_refused(quick, tmp_path):
 
 
 def test_a_checkpoint_that_does_not_say_its_stage_goes_on(quick, tmp_path):
-    begun(
+    training.begun(
         quick(rl_nft), tmp_path, lambda meta: (meta["config"].pop("stage"), meta.pop("reference"))
     )
     run = train_config.opened(quick(rl_nft), tmp_path)

@@ -42,6 +42,16 @@ def test_the_network_sees_the_target_alone(model):
     assert with_pane.source.shape == x0.shape and not with_pane.source.any()
 
 
+def test_pictures_of_encoded_texts_take_no_text_encoder(model):
+    batch = batch_of(model.config)
+    drawing = stages.drawing(model.params, batch)
+    assert model.params.keys() - drawing.keys() == {"text_encoder"}
+    x0, _ = stages.conditioned(model.config, drawing, batch, 6)  # which is all that it needs
+    assert x0.shape[0] == 2
+    tokens = {"input_ids": np.zeros((2, 6), int)}
+    assert stages.drawing(model.params, tokens).keys() == model.params.keys()
+
+
 def test_pictures_are_made_without_it_too(model):
     config = model.config._replace(pane=False)
     settings = generation.resolve(generation.Settings(height=32, width=32, steps=1), config)

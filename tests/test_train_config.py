@@ -11,10 +11,11 @@ import foreign
 import jax.numpy as jnp
 import pytest
 import stored
+import training
 from commands import ROOT
 
 from configs import base
-from configs.shapes import autoencoder, phase1_t2i, phase3_joint
+from configs.shapes import autoencoder, phase1_t2i
 from dreamlite_jax import precompute, system, tiny
 from dreamlite_jax.data import transforms
 from dreamlite_jax.data.mixture import MixtureError
@@ -35,24 +36,6 @@ NAN, INF = float("nan"), float("inf")
 def config_of(file, variant=None):
     name = ".".join(file.with_suffix("").parts)
     return importlib.import_module(name).get_config(variant)
-
-
-@pytest.fixture
-def quick(cache):
-    """A config's quick variant with some keys changed, on the shared tiny model."""
-
-    def make(module=phase3_joint, **changes):
-        config = module.get_config("quick")
-        config.model = str(cache / "model")
-        for key, value in changes.items():
-            *path, last = key.split("__")
-            section = config
-            for part in path:
-                section = section[part]
-            section[last] = value
-        return config
-
-    return make
 
 
 def error_of(config, workdir) -> str:
@@ -365,14 +348,6 @@ def test_a_run_to_start_from_that_is_another_network(quick, tmp_path):
     assert kinds == {"unet": "run", "text_encoder": "run", "vae": "model"}
 
 
-def begun(config, workdir):
-    """A run's workdir with a checkpoint that says where its networks are from."""
-    run = train_config.opened(config, workdir)
-    with checkpoint.open_manager(workdir) as manager:
-        checkpoint.save(manager, 1, {"x": jnp.ones(1)}, train_config.meta_of(run))
-    return str(workdir)
-
-
 @pytest.fixture
 def stored_set(quick, cache, tmp_path):
     """An entry: a prepared set with outputs of the shared model's encoders."""
@@ -385,9 +360,10 @@ def stored_set(quick, cache, tmp_path):
 @pytest.fixture
 def runs(quick, tmp_path):
     """One that trained the autoencoder, and one that began with it and trained the U-Net."""
-    vae = begun(quick(autoencoder), tmp_path / "vae")
-    phase1 = quick(phase1_t2i, train=("unet",), init_from=vae)
-    return vae, begun(phase1, tmp_path / "unet")
+    vae, unet = (str(tmp_path / name) for name in ("vae", "unet"))
+    training.begun(quick(autoencoder), vae)
+    training.begun(quick(phase1_t2i, train=("unet",), init_from=vae), unet)
+    return vae, unet
 
 
 @pytest.mark.parametrize("where", ["data", "validation"])

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import commands
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dreamlite_jax.train import checkpoint, metrics, origins
+from dreamlite_jax.train import config as train_config
 
 ROOT = commands.ROOT
 
@@ -128,6 +130,17 @@ def after_saving(process: subprocess.Popen, workdir: Path, before: int = 0) -> N
     """Returns once a run has a whole checkpoint of a step beyond `before`, or has ended."""
     while process.poll() is None and (checkpoint.latest_step(workdir) or 0) <= before:
         time.sleep(0.01)
+
+
+def begun(config, workdir: Path, change=lambda meta: None):
+    """A run, opened, and in its workdir a checkpoint with what it says of itself; `change` makes
+    that another's."""
+    run = train_config.opened(config, workdir)
+    meta = train_config.meta_of(run)
+    change(meta)
+    with checkpoint.open_manager(workdir) as manager:
+        checkpoint.save(manager, 1, {"x": jnp.ones(1)}, meta)
+    return run
 
 
 def result(workdir: Path) -> tuple[int, dict, list[dict]]:

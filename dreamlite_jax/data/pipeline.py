@@ -179,9 +179,9 @@ def check(recipe: Recipe) -> Plan:
             )
     try:
         sides = recipe.image_size, recipe.pixel_multiple, recipe.max_ratio
-        buckets, order = transforms.aspect_buckets(*sides), (recipe.batch_size, recipe.seed)
-        fixed = recipe.precomputed and not few
-        plan = mixture.plan(recipe.streams, buckets, *order, fixed=fixed)
+        buckets = transforms.aspect_buckets(*sides)
+        how = recipe.batch_size, recipe.seed, recipe.precomputed and not few
+        plan = mixture.plan(recipe.streams, buckets, *how)
     except ValueError as error:
         problems.append(str(error))
     if problems:

@@ -34,7 +34,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from dreamlite_jax.errors import UserError
-from dreamlite_jax.train import folders, peers
+from dreamlite_jax.train import folders, peers, signals
 from dreamlite_jax.train.checksums import checksums
 from dreamlite_jax.train.quiet import brief, first, hush_orbax
 
@@ -489,9 +489,6 @@ def _together(read: Callable[[], T]) -> T:
         raise  # too little memory is no damage
     except Exception as error:  # Orbax and TensorStore raise what they like over damaged files
         problem = error
-    failed = problem is not None
-    if jax.process_count() > 1:
-        failed = bool(multihost_utils.process_allgather(np.array(failed)).any())
-    if failed:
+    if signals.on_any_process(problem is not None):
         raise _Damaged(brief(problem) if problem else "another process cannot read it")
     return value

@@ -42,12 +42,12 @@ def elsewhere(problems: Sequence[str]) -> list[str]:
 
 
 def together(
-    do: Callable[[], T], elsewhere: str = "another process cannot begin: its log says why"
+    do: Callable[[], T], others: str = "another process cannot begin: its log says why"
 ) -> T:
     """What `do` gives on this process; raises on all of them where it raises on any.
 
     Raises:
-      UserError: what `do` raises, or on the others one that says `elsewhere`: all can save and
+      UserError: what `do` raises, or on the others one that says `others`: all can save and
         leave.
       Exception: what `do` raises that is none; AloneError on the others, which leave without saving
         either: they would wait for this one to save with them. That another process is gone, at
@@ -65,8 +65,8 @@ def together(
         if unforeseen and jax.process_count() > 1:
             logging.error("%s", failure, exc_info=failure)  # before the others' end is this one's
         if signals.on_any_process(unforeseen) and not unforeseen:
-            raise AloneError(f"{failure or elsewhere}; nothing was saved for it") from failure
-        raise failure or UserError(elsewhere)
+            raise AloneError(f"{failure or others}; nothing was saved for it") from failure
+        raise failure or UserError(others)
     return value
 
 
