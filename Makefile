@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint format gpu-driver clean
 
@@ -13,8 +14,8 @@ demo: $(VENV)/.demo
 # Parity is that of code as XLA optimises it; most of the rest is compiled fast (tests/conftest.py).
 test: lint
 	@$(RUN) -m convert.vulkan || true
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not (parity or optimised)"
-	XLA_FLAGS= $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "parity or optimised"
+	$(PYTEST) --ignore=tests/parity -m "not (parity or optimised)"
+	XLA_FLAGS= $(PYTEST) -m "parity or optimised"
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

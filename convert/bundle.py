@@ -12,7 +12,9 @@ were replayed on the CPU, or not at all.
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from convert import flatbuffer, lowering, manifest, phone, quantize, verify
+from convert import flatbuffer, lowering, manifest, phone, quantize, verify, vulkan
 from convert import parts as tables
 from convert.lowering import Graph
 from dreamlite_jax import cli, generation, pretrained, system
@@ -67,7 +69,9 @@ def build(model: system.System, out: Path, plan: Plan, gpu: bool) -> dict[str, A
 
     Raises:
       VerifyError, BundleError: a file is not what it should be; nothing is written.
+      CommandError: a golden prompt is too long; nothing was lowered.
     """
+    check_golden(model.prompter, plan)
     with pretrained.replaced_folder(out) as folder:
         parts, report, before = {}, {}, None
         for file in plan.files:
@@ -146,7 +150,8 @@ def _measured(
         except verify.VerifyError as error:
             if accelerator == "cpu":
                 raise
-            return found | {"delegated": False, "reason": str(error)}
+            reason = str(error).replace(f"{file.parent}{os.sep}", "")  # which will be gone
+            return found | {"delegated": False, "reason": reason}
     return found | ({"delegated": True, "reason": ""} if gpu else {})
 
 
@@ -215,6 +220,23 @@ def _golden(folder: Path, model: system.System, plan: Plan) -> dict[str, Any]:
     return entries
 
 
+def check_golden(prompter: prompts.Prompter, plan: Plan) -> None:
+    """Refuses golden prompts that there is no room for."""
+    source = Image.new("RGB", (plan.width, plan.height))  # as many tokens as any other
+    for mode, prompt in zip(prompts.MODES, plan.prompts, strict=True):
+        rooms, images = {"--text_lengths": max(plan.lengths)}, [source]
+        if mode == prompts.GENERATE:
+            rooms, images = rooms | {"--prompt_length": plan.prompt_length}, None
+        inputs = prompts.prompt_inputs(prompter, mode, [prompts.tagged(mode, prompt)], images)
+        n = int(inputs["attention_mask"].sum()) - getattr(prompter.drop, mode)
+        for flag, room in rooms.items():
+            if n > room:
+                raise cli.CommandError(
+                    f"{flag} has room for {room} tokens, but the prompt of the golden case to "
+                    f"{mode} takes {n}; give as many or more"
+                )
+
+
 def golden_case(
     model: system.System, plan: Plan, mode: str, prompt: str, source: Image.Image | None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -251,10 +273,6 @@ def golden_case(
 
 def _padded(texts: system.Texts, plan: Plan, least: int) -> system.Texts:
     n = int(texts.mask.sum())
-    if n > max(plan.lengths):
-        raise cli.CommandError(
-            f"a golden prompt takes {n} tokens, --text_lengths has room for {max(plan.lengths)}"
-        )
     length = min(length for length in plan.lengths if length >= max(n, least))
     context = np.zeros((1, length, texts.context.shape[2]), np.float32)
     context[:, :n] = texts.context[:, :n]
@@ -378,20 +396,52 @@ PROMPT_LENGTH = flags.DEFINE_integer(
     "prompt_length", tables.PROMPT_LENGTH, "context tokens of the text encoder", lower_bound=1
 )
 TEXT_PARTS = flags.DEFINE_integer("text_parts", 1, "files of the text encoder", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", None, "default: 4, base models 30", lower_bound=1)
+STEPS = flags.DEFINE_integer(
+    "steps", None, "default: 30, mobile models as distilled, mostly 4", lower_bound=1
+)
 GUIDANCE = flags.DEFINE_float("guidance", None, "of base models; default: 3.5")
 STEP = flags.DEFINE_integer("checkpoint_step", None, "of the weights, for the manifest")
 GPU = flags.DEFINE_boolean("gpu", True, "run the files on the GPU accelerator, too")
 ZIP = flags.DEFINE_boolean("zip", False, "write OUT.zip beside it")
-OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace a bundle at --out")
+OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace a bundle at --out, and its zip")
+
+
+def check_place(out: Path, overwrite: bool) -> None:
+    """Refuses what must not be replaced: anything but a bundle, and that only with `overwrite`."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / manifest.NAME).is_file():
+        raise cli.CommandError(f"--out {out} exists and is no bundle; name another folder")
+    if not overwrite:
+        raise cli.CommandError(f"--out {out} exists; name another, or give --overwrite")
+
+
+def check_archive(archive: Path, overwrite: bool) -> None:
+    """The same for the zip file."""
+    if archive.is_dir() or (archive.exists() and not overwrite):
+        raise cli.CommandError(
+            f"{archive} exists; name another --out, or let --overwrite replace a file"
+        )
+
+
+def write_zip(folder: Path, archive: Path) -> None:
+    """All that is in a folder; the file appears whole or not at all."""
+    with (
+        pictures.replaced_file(archive) as stream,
+        zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as writer,
+    ):
+        for file in sorted(folder.rglob("*")):
+            writer.write(file, file.relative_to(folder))
 
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     out = Path(OUT.value)
-    if out.exists() and not OVERWRITE.value:
-        raise cli.CommandError(f"--out {out} exists; name another, or give --overwrite")
-    if GPU.value and (reason := verify.gpu_available()):
+    archive = Path(f"{out}.zip")
+    check_place(out, OVERWRITE.value)
+    if ZIP.value:
+        check_archive(archive, OVERWRITE.value)
+    if GPU.value and (reason := vulkan.gpu_available()):
         raise cli.CommandError(f"{reason}; or give --nogpu, then no file counts as a GPU variant")
     config = system.read_config(MODEL.value)
     height, width = tables.checked_size(config, HEIGHT.value, WIDTH.value)
@@ -406,13 +456,16 @@ def main() -> None:
         weights,
         settings.steps,
         1.0 if config.mobile else settings.guidance,
-        tuple(sorted(map(int, LENGTHS.value))),
+        tables.checked_lengths(LENGTHS.value),
         PROMPT_LENGTH.value,
         checkpoint_step=STEP.value,
     )
     build(system.load(MODEL.value), out, plan, GPU.value)
+    for name, said in pretrained.read_json(out / "gpu_report.json").items():
+        if said["delegated"] is False:
+            cli.warn(f"{name} is no GPU variant: {said['reason']}")
     if ZIP.value:
-        shutil.make_archive(str(out), "zip", out)
+        write_zip(out, archive)
     print(f"{out}: {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 

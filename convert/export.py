@@ -45,7 +45,8 @@ def main() -> None:
         )
     system.save(made, out, DTYPES[DTYPE.value])
     total = sum(x.size for x in jax.tree.leaves(made.params))
-    print(f"{out}: {system.PIPELINES[made.config.mobile]}, {total:,} parameters")
+    steps = f" of {made.config.mobile_steps} steps" if made.config.mobile else ""
+    print(f"{out}: {system.PIPELINES[made.config.mobile]}{steps}, {total:,} parameters")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The files of a bundle: which networks they hold, at which sizes."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from convert import graphs
@@ -104,6 +104,19 @@ def checked_size(config: system.Config, height: int | None, width: int | None) -
     if bad := [side for side in size if side < 1 or side % config.pixel_multiple]:
         raise SizeError(f"size {bad[0]} is no positive multiple of {config.pixel_multiple}")
     return size
+
+
+def checked_lengths(words: Sequence[str]) -> tuple[int, ...]:
+    """Context tokens of the U-Net, ascending, from the words of --text_lengths.
+
+    Raises:
+      SizeError: none, or one that is no positive whole number.
+    """
+    if bad := [word for word in words or [""] if not word.isdecimal() or int(word) < 1]:
+        raise SizeError(
+            f"--text_lengths: {bad[0]!r} is no positive whole number; two are written 128,384"
+        )
+    return tuple(sorted({int(word) for word in words}))
 
 
 def parameters(config: system.Config, file: File, model: str | None) -> pretrained.Params:

@@ -7,7 +7,9 @@ Shapes: h and w of the latent, L context tokens, F text feature width.
 """
 
 import contextlib
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,11 @@ class Bundle(NamedTuple):
     precision: str = "fp16"
     kept: dict[tuple, CompiledModel] | None = None
 
+    @property
+    def guided(self) -> bool:
+        """Whether every step also needs the empty prompt's velocity."""
+        return self.manifest["schedule"]["guidance"] != 1
+
     def run(self, component: str, part: int = 0, **inputs: np.ndarray) -> np.ndarray:
         """One call of a graph that is opened for it."""
         with self.opened(component, part) as model:
@@ -56,13 +63,22 @@ class Bundle(NamedTuple):
 
     def _open(self, component: str, part: int, length: int | None) -> CompiledModel:
         entry = self.manifest["components"][component][part]
-        names = [
-            name
-            for name, signature in entry["signatures"].items()
-            if length is None or [1, length] in [t["shape"] for t in signature["inputs"]]
-        ]
-        file = self.folder / entry["file"]
-        return CompiledModel(file, names[0], self.accelerator, self.precision)
+        name = signature_for(entry["signatures"], length)
+        return CompiledModel(self.folder / entry["file"], name, self.accelerator, self.precision)
+
+
+def signature_for(signatures: Mapping[str, Any], length: int | None = None) -> str:
+    """The name of the signature for `length` context tokens; None: of the first."""
+    return next(
+        name
+        for name, signature in signatures.items()
+        # By name: sinusoids have as many axes, and may have as many channels as a text tokens.
+        if length is None or _shapes(signature)["encoder_attention_mask"] == [1, length]
+    )
+
+
+def _shapes(signature: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {tensor["name"]: tensor["shape"] for tensor in signature["inputs"]}
 
 
 class Context(NamedTuple):
@@ -110,11 +126,18 @@ def encode_prompt(bundle: Bundle, prompt: str) -> Context:
 
 def padded(bundle: Bundle, context: np.ndarray, least: int = 0) -> Context:
     """context [1, n, F] with zeros up to the shortest length, of `least` or more, that the U-Net
-    takes."""
+    takes.
+
+    Raises:
+      PhoneError: it takes none that long.
+    """
     lengths, n = bundle.manifest["text"]["lengths"], context.shape[1]
-    if n > max(lengths):
-        raise PhoneError(f"{n} context tokens, but the U-Net takes at most {max(lengths)}")
-    length = min(length for length in lengths if length >= max(n, least))
+    if (most := max(n, least)) > max(lengths):
+        raise PhoneError(
+            f"{most} context tokens, but the bundle's U-Net takes at most {max(lengths)}; shorten "
+            "the text, or make the bundle with larger --text_lengths"
+        )
+    length = min(length for length in lengths if length >= most)
     mask = (np.arange(length) < n).astype(np.float32)[None]
     return Context(np.pad(context, ((0, 0), (0, length - n), (0, 0))).astype(np.float32), mask)
 
@@ -171,12 +194,73 @@ def decode(bundle: Bundle, latent: np.ndarray) -> np.ndarray:
     return to_bytes(bundle.run("vae_decoder", latent=latent)[0].transpose(1, 2, 0))
 
 
-def read_embeddings(file: str | Path) -> tuple[Context, Context | None]:
-    """context and mask of a .npz, and null_context and null_mask where it has them."""
-    with np.load(file) as arrays:
-        found = {name: arrays[name].astype(np.float32) for name in arrays.files}
-    null = Context(found["null_context"], found["null_mask"]) if "null_mask" in found else None
-    return Context(found["context"], found["mask"]), null
+def empty_prompt(bundle: Bundle) -> np.ndarray:
+    """Its context [1, n, F] in generate mode, which bundles that may be guided have."""
+    return read_arrays(bundle.folder / bundle.manifest["text"]["null"], ["context"])["context"]
+
+
+def read_embeddings(bundle: Bundle, file: str | Path, edit: bool) -> tuple[Context, Context | None]:
+    """A text that was encoded elsewhere, and the empty prompt where the bundle is guided, padded to
+    one length.
+
+    A .npz holds context [1, n, F] and mask [1, n], 1 at tokens; the empty prompt's are
+    null_context and null_mask. To generate, the bundle's own stands in for those; to edit, it was
+    encoded without the picture and cannot.
+
+    Raises:
+      PhoneError: no such .npz, arrays that are missing or of other shapes, too many tokens.
+    """
+    found = read_arrays(file, ("context", "mask"), ("null_context", "null_mask"))
+    texts = _tokens(bundle, file, found)
+    if not bundle.guided:
+        return padded(bundle, texts), None
+    if "null_context" in found:
+        null = _tokens(bundle, file, found, "null_")
+    elif edit:
+        raise PhoneError(
+            f"{file}: the bundle's guidance is {bundle.manifest['schedule']['guidance']:g}, so an "
+            "edit takes null_context and null_mask, too: the empty prompt encoded with the picture"
+        )
+    else:
+        null = empty_prompt(bundle)
+    most = max(texts.shape[1], null.shape[1])
+    return padded(bundle, texts, most), padded(bundle, null, most)
+
+
+def _tokens(
+    bundle: Bundle, file: str | Path, found: Mapping[str, np.ndarray], kind: str = ""
+) -> np.ndarray:
+    """The context [1, n, F] without its padding."""
+    context, mask = found[f"{kind}context"], found[f"{kind}mask"]
+    signatures = bundle.manifest["components"]["unet"][0]["signatures"]
+    width = _shapes(signatures[signature_for(signatures)])["encoder_hidden_states"][2]
+    length = context.shape[1] if context.ndim == 3 else "L"
+    if context.shape != (1, length, width) or mask.shape != (1, length):
+        raise PhoneError(
+            f"{file}: {kind}context is {list(context.shape)} and {kind}mask {list(mask.shape)}, "
+            f"should be [1, {length}, {width}] and [1, {length}]"
+        )
+    return context[:, mask[0] > 0]
+
+
+def read_arrays(
+    file: str | Path, needed: Sequence[str], *others: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Arrays of a .npz by name: those that are needed, and of each of `others` all or none.
+
+    Raises:
+      PhoneError: no readable .npz, or it lacks some of them.
+    """
+    try:
+        with np.lib.npyio.NpzFile(file) as arrays:
+            there = [group for group in others if {*group} & {*arrays.files}]
+            wanted = [name for group in (needed, *there) for name in group]
+            found = {name: arrays[name] for name in wanted if name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise PhoneError(f"{file}: not a readable .npz file ({error})") from error
+    if missing := [name for name in wanted if name not in found]:
+        raise PhoneError(f"{file}: has no {missing[0]}; expected arrays {', '.join(wanted)}")
+    return found
 
 
 class Verdict(NamedTuple):
@@ -199,7 +283,7 @@ def replay(bundle: Bundle, mode: str) -> Iterator[Verdict]:
     demand = entry["tolerance"][place]
     with np.load(bundle.folder / entry["arrays"]) as arrays:
         found = {name: arrays[name] for name in arrays.files}
-    texts, null = read_embeddings(bundle.folder / entry["arrays"])
+    texts, null = read_embeddings(bundle, bundle.folder / entry["arrays"], "source" in entry)
     if mode == "generate" and "text_encoder" in bundle.manifest["components"]:
         ours, n = encode_prompt(bundle, entry["prompt"]).context, int(texts.mask.sum())
         yield Verdict(f"{mode}: text", ours[:, :n], texts.context[:, :n], demand)

@@ -12,7 +12,9 @@ beside JAX. `convert.bundle` makes what a phone receives.
 """
 
 import resource
+import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -25,6 +27,7 @@ from convert.parts import (
     PARTS,
     PROMPT_LENGTH,
     File,
+    checked_lengths,
     checked_size,
     files,
     parameters,
@@ -60,30 +63,48 @@ def main() -> None:
     if (MODEL.value is None) == (RANDOM.value is None):
         raise cli.CommandError("give either --model or --random")
     recipes = {text: quantize.recipe(text) for text in WEIGHTS.value.split()}
+    check_folders(recipes)
     config = system.read_config(MODEL.value) if MODEL.value else random_config(RANDOM.value)
     size = checked_size(config, HEIGHT.value, WIDTH.value)
-    lengths = tuple(sorted(int(length) for length in LENGTHS.value))
-    before = None
-    for file in files(config, TEXT_PARTS.value, names):
-        start = time.monotonic()
-        params = parameters(config, file, MODEL.value)
-        made = graphs_of(file, config, params, *size, lengths)
-        plain = out / "fp32" / f"{file.name}.tflite"
-        lowering.write(made, plain)
-        report(plain, time.monotonic() - start)
-        if CHECK.value:
-            before = check(file, config, params, plain, before)
-        del made, params
-        for text, recipe in recipes.items():
-            if text != "fp32":
-                smaller = out / text.split(",")[0] / plain.name
-                start = time.monotonic()
-                quantize.write(plain, smaller, recipe)
-                report(smaller, time.monotonic() - start)
-        if "fp32" not in recipes:
-            plain.unlink()
-    if "fp32" not in recipes:
-        plain.parent.rmdir()
+    lengths, before = checked_lengths(LENGTHS.value), None
+    wanted = files(config, TEXT_PARTS.value, names)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".") as scratch:
+        for file in wanted:
+            start = time.monotonic()
+            params = parameters(config, file, MODEL.value)
+            made = graphs_of(file, config, params, *size, lengths)
+            place = out if "fp32" in recipes else Path(scratch)
+            plain = place / "fp32" / f"{file.name}.tflite"
+            lowering.write(made, plain)
+            report(plain, time.monotonic() - start)
+            if CHECK.value:
+                before = check(file, config, params, plain, before, Path(scratch))
+            del made, params
+            for text, recipe in recipes.items():
+                if text != "fp32":
+                    smaller = out / folder_of(text) / plain.name
+                    start = time.monotonic()
+                    quantize.write(plain, smaller, recipe)
+                    report(smaller, time.monotonic() - start)
+            if place != out:
+                plain.unlink()
+
+
+def folder_of(recipe: str) -> str:
+    """The name of the folder of a recipe's files."""
+    return recipe.split(",")[0]
+
+
+def check_folders(recipes: Iterable[str]) -> None:
+    """Refuses recipes whose files would replace each other."""
+    first = {}
+    for text in recipes:
+        if (other := first.setdefault(folder_of(text), text)) != text:
+            raise cli.CommandError(
+                f"--weights: {other} and {text} would both be in {folder_of(text)}/; make them one "
+                "after the other, each with an --out of its own"
+            )
 
 
 def graphs_of(
@@ -103,11 +124,11 @@ def report(file: Path, seconds: float) -> None:
     """A line about a file. Raises `VerifyError` where the lint finds something."""
     findings = flatbuffer.lint(file)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    size = file.stat().st_size / 1e6
+    size, what = file.stat().st_size / 1e6, f"{file.parent.name}/{file.name}"
     verdict = "lint clean" if not findings else f"{len(findings)} findings"
-    print(f"{file}: {size:.1f} MB, {seconds:.0f} s, {verdict}, {peak:.1f} GiB peak", flush=True)
+    print(f"{what}: {size:.1f} MB, {seconds:.0f} s, {verdict}, {peak:.1f} GiB peak", flush=True)
     if findings:
-        raise verify.VerifyError(f"{file}: {'; '.join(findings[:5])}")
+        raise verify.VerifyError(f"{what}: {'; '.join(findings[:5])}")
 
 
 def check(
@@ -116,6 +137,7 @@ def check(
     params: pretrained.Params,
     plain: Path,
     before: tuple[np.ndarray, np.ndarray] | None,
+    scratch: Path,
 ) -> tuple[np.ndarray, np.ndarray]:
     """CPU parity with JAX at another size, in a line.
 
@@ -125,6 +147,7 @@ def check(
     Args:
       plain: the float32 file.
       before: what JAX and LiteRT gave for the file before.
+      scratch: a folder for the file at that size.
 
     Returns:
       The same for this one.
@@ -135,7 +158,7 @@ def check(
     case = verify.case(file.part, made[0], config, params, 0, file.layers, theirs)
     checked, what = plain, file.name
     if file.part != "text_encoder":
-        checked, what = plain.parent.parent / "check" / plain.name, f"{file.name} at {side} px"
+        checked, what = scratch / plain.name, f"{file.name} at {side} px"
         lowering.write(made, checked)
     elif file.layers.start:
         case.inputs["inputs_embeds"] = ours

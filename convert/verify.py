@@ -1,9 +1,9 @@
 """Whether .tflite files compute what the JAX networks compute: on the CPU, and on the GPU
 accelerator with every operation there.
 
-Files run in processes of their own: what an accelerator cannot take may end its process. Without a
-GPU the accelerator runs on a software Vulkan driver (`make gpu-driver`); its verdicts are on
-semantics and half precision, not on a phone's speed or memory.
+Files run in processes of their own: what an accelerator cannot take may end its process. It runs on
+a software Vulkan driver (`make gpu-driver`) unless another one is set (`convert.vulkan`); its
+verdicts are on semantics and half precision, not on a phone's speed or memory.
 """
 
 import functools
@@ -12,8 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from convert import process
 from convert.graphs import Layers
 from convert.lowering import Graph
 from convert.phone import sinusoids
@@ -38,8 +37,7 @@ from dreamlite_jax.system import Config
 # Of files with float32 weights: those reach 127 dB and more on the CPU, random or trained. Weights
 # rounded to half floats leave 80 to 88 of a small network, however exactly it is computed.
 DEMANDS = {("cpu", "fp32"): 90.0, ("gpu", "fp32"): 90.0, ("gpu", "fp16"): 45.0}
-_TRY_AGAIN = 75  # exit code: shaders compiled for too long, but are kept for the next attempt
-_ATTEMPTS = 8
+_ATTEMPTS = 8  # of a process whose shaders are not compiled yet
 
 
 class VerifyError(UserError):
@@ -170,19 +168,19 @@ def run(
     """
     with tempfile.TemporaryDirectory() as folder:
         arrays = {f"{i}/{k}": v for i, one in enumerate(inputs) for k, v in one.items()}
-        np.savez(Path(folder) / "inputs.npz", **arrays)
+        np.savez(Path(folder) / process.INPUTS, **arrays)
         task = [os.fspath(file), signature, accelerator, precision, folder, os.getpid()]
-        command = [sys.executable, "-m", "convert.verify", _CHILD, json.dumps(task)]
+        command = [sys.executable, "-m", "convert.process", json.dumps(task)]
         root = Path(__file__).parent.parent
         for _ in range(_ATTEMPTS):
             done = subprocess.run(
                 command, capture_output=True, text=True, cwd=root, errors="replace"
             )
-            if done.returncode != _TRY_AGAIN:
+            if done.returncode != process.TRY_AGAIN:
                 break
         if done.returncode:
             raise VerifyError(f"{file} on the {accelerator} in {precision}: {_reason(done)}")
-        with np.load(Path(folder) / "outputs.npz") as outputs:
+        with np.load(Path(folder) / process.OUTPUTS) as outputs:
             return [outputs[str(i)] for i in range(len(inputs))]
 
 
@@ -192,53 +190,3 @@ def _reason(done: subprocess.CompletedProcess) -> str:
     if done.returncode < 0:
         named.append(f"the process was ended by signal {-done.returncode}")
     return "; ".join(dict.fromkeys([*named[:3], *lines[-1:]])) or f"exit code {done.returncode}"
-
-
-_CHILD = "--child"
-
-
-def _child(
-    file: str, signature: str, accelerator: str, precision: str, folder: str, parent: int
-) -> None:
-    from convert.litert import CompiledModel, StillCompilingError
-
-    leave_with(parent)
-    with np.load(Path(folder) / "inputs.npz") as arrays:
-        inputs: dict[int, dict] = {}
-        for key in arrays.files:
-            i, name = key.split("/", 1)
-            inputs.setdefault(int(i), {})[name] = arrays[key]
-    try:
-        model = CompiledModel(os.path.abspath(file), signature, accelerator, precision)
-        outputs = {str(i): next(iter(model(**one).values())) for i, one in inputs.items()}
-    except StillCompilingError:
-        os._exit(_TRY_AGAIN)
-    np.savez(Path(folder) / "outputs.npz", **outputs)
-    os._exit(0)  # the driver's threads may outlive the interpreter, which ends badly
-
-
-def leave_with(parent: int) -> None:
-    """Ends this process soon after its parent of that number, however that one was ended."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.write(2, b"the process that asked for this one has ended\n")
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def gpu_available() -> str:
-    """Empty where the accelerator finds a Vulkan driver; otherwise the reason in a line."""
-    from convert import vulkan
-
-    driver = (vulkan.FOLDER / "lvp_icd.json").is_file()
-    if driver or any(name in os.environ for name in vulkan.SET):
-        return ""
-    return "no Vulkan driver: run `make gpu-driver`, or name one in VK_DRIVER_FILES"
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == [_CHILD]:
-        _child(*json.loads(sys.argv[2]))

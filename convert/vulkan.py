@@ -5,7 +5,7 @@
 Unpacks Mesa's lavapipe (25 or newer; older ones lack what the accelerator needs) and Vulkan's
 loader from Debian's packages into build/vulkan. Nothing is installed and no rights are needed, only
 `apt-get` and `dpkg-deb`. A driver that is set in the environment (VK_ICD_FILENAMES or
-VK_DRIVER_FILES) comes first.
+VK_DRIVER_FILES) comes first; that of a GPU must be set there, too.
 """
 
 import ctypes
@@ -28,6 +28,13 @@ SET = ("VK_ICD_FILENAMES", "VK_DRIVER_FILES")
 
 class NoDriverError(RuntimeError):
     """No driver can be had here: one line that says why."""
+
+
+def gpu_available() -> str:
+    """Empty where there is a Vulkan driver for the accelerator; otherwise the reason in a line."""
+    if any(name in os.environ for name in SET) or (FOLDER / "lvp_icd.json").is_file():
+        return ""
+    return "no Vulkan driver: run `make gpu-driver`, or name one in VK_DRIVER_FILES"
 
 
 def use() -> None:

@@ -28,6 +28,9 @@ from dreamlite_jax.system import (
     sample_latents,
 )
 
+# Of guidance, as commands say it.
+IGNORED = "ignored by a mobile model, because classifier-free guidance was distilled away"
+
 
 class SettingsError(UserError):
     """Settings that this model cannot sample with: one line."""
@@ -51,20 +54,21 @@ class Settings(NamedTuple):
 def resolve(settings: Settings, config: Config, source: Image.Image | None = None) -> Settings:
     """Settings with diffusers' defaults filled in and checked.
 
-    Steps 30 (mobile: 4), guidance 3.5, image guidance 1.5; the size is that of the source, down to
-    a multiple that the networks can take, or the model's own.
+    Steps 30 (mobile: as many as it was distilled to), guidance 3.5, image guidance 1.5; the size is
+    that of the source, down to a multiple that the networks can take, or the model's own.
 
     Raises:
       SettingsError: a size that is no multiple of `config.pixel_multiple`, less than one step, a
         guidance that is no finite number, ...
     """
     height, width, multiple = settings.height, settings.width, config.pixel_multiple
+    own_steps = config.mobile_steps if config.mobile else 30
     if height is None and width is None and source is not None:
         width, height = (max(side // multiple, 1) * multiple for side in source.size)
     settings = settings._replace(
         height=config.default_side if height is None else height,
         width=config.default_side if width is None else width,
-        steps=(4 if config.mobile else 30) if settings.steps is None else settings.steps,
+        steps=own_steps if settings.steps is None else settings.steps,
         guidance=3.5 if settings.guidance is None else settings.guidance,
         image_guidance=1.5 if settings.image_guidance is None else settings.image_guidance,
     )
@@ -94,6 +98,12 @@ def resolve(settings: Settings, config: Config, source: Image.Image | None = Non
     if problems:
         raise SettingsError("; ".join(problems))
     return settings
+
+
+def unused(config: Config, editing: bool) -> set[str]:
+    """The settings that change nothing: guidance of a mobile model, and of a source that is not."""
+    of_guided = {"guidance", "image_guidance", "negative_prompt"}
+    return (of_guided if config.mobile else set()) | (set() if editing else {"image_guidance"})
 
 
 def check_prompts(

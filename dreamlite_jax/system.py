@@ -8,8 +8,9 @@ Shapes: B batch, H and W pixels, h and w latent pixels (H / 8), c latent channel
 F text feature width.
 
 A model directory is diffusers' own; the one file added to it is `prompts.json`, only where a
-tokenizer's template prefixes are not Qwen's 34 and 64 tokens long, or its encoder sees sources at
-another size than 512 px: `{"drop": {"generate": 34, "edit": 64}, "image_side": 512}`.
+tokenizer's template prefixes are not Qwen's 34 and 64 tokens long, its encoder sees sources at
+another size than 512 px, or a mobile model takes other than 4 steps:
+`{"drop": {"generate": 34, "edit": 64}, "image_side": 512, "mobile_steps": 4}`.
 """
 
 import functools
@@ -44,6 +45,7 @@ NETWORKS = {
     "text_encoder": pretrained.TEXT_ENCODER,
 }
 FOLDERS = (*NETWORKS, "tokenizer", "processor", "scheduler")
+MOBILE_STEPS = 4  # of the released mobile model
 _INDEX, _PROMPTS, _SCHEDULER = "model_index.json", "prompts.json", "scheduler_config.json"
 
 
@@ -51,9 +53,9 @@ class Config(NamedTuple):
     """All that is static about a model.
 
     `pane`: what is generated, not edited, has zeros beside it, as released; a U-Net that has only
-    ever generated does without, at half the arithmetic (`no_source`). `dtype` is what the networks
-    compute in, `remat` what the U-Net computes again for its gradient (`blocks.rematerialised`),
-    `ops` the form of the primitives.
+    ever generated does without, at half the arithmetic (`no_source`). `mobile_steps`: in how many a
+    mobile model draws. `dtype` is what the networks compute in, `remat` what the U-Net computes
+    again for its gradient (`blocks.rematerialised`), `ops` the form of the primitives.
     """
 
     unet: UNetConfig
@@ -63,6 +65,7 @@ class Config(NamedTuple):
     drop: DropCounts = DropCounts()
     image_side: int = prompts.IMAGE_SIDE
     mobile: bool = False
+    mobile_steps: int = MOBILE_STEPS
     pane: bool = True
     dtype: Any = jnp.float32
     remat: str = "none"
@@ -326,8 +329,8 @@ def read_config(model_dir: str | os.PathLike, dtype: Any = jnp.float32) -> Confi
         shift = flow.ResolutionShift.from_scheduler(settings)
     except (ValueError, TypeError) as error:
         raise ModelDirectoryError(f"{file}: {error}") from error
-    drop, side = _read_prompts(folder)
-    return Config(**configs, shift=shift, drop=drop, image_side=side, mobile=mobile, dtype=dtype)
+    ours = _read_ours(folder)._asdict()
+    return Config(**configs, shift=shift, **ours, mobile=mobile, dtype=dtype)
 
 
 def load(
@@ -352,6 +355,13 @@ def load(
     return System(config, params, prompter, folder)
 
 
+def files(model_dir: str | os.PathLike) -> list[Path]:
+    """The files of a model directory, without others that lie there; none where there is none."""
+    folder = Path(model_dir)
+    parts = (file for name in FOLDERS for file in (folder / name).rglob("*"))
+    return [file for file in (folder / _INDEX, folder / _PROMPTS, *parts) if file.is_file()]
+
+
 def load_prompter(model_dir: str | os.PathLike, config: Qwen3VLConfig) -> Prompter:
     """The host's part of a model directory alone: tokenizer, image processor, tokens to drop.
 
@@ -363,7 +373,7 @@ def load_prompter(model_dir: str | os.PathLike, config: Qwen3VLConfig) -> Prompt
     tokenizer = _opened(AutoTokenizer, folder / "tokenizer")
     image_processor = _opened(Qwen2VLImageProcessorPil, folder / "processor")
     counted = prompts.drop_counts(tokenizer)
-    drop, side = _read_prompts(folder)
+    drop, side, _ = _read_ours(folder)
     problems = [
         f"{token} is token {tokenizer.convert_tokens_to_ids(token)}, but {expected} for the encoder"
         for token, expected in (
@@ -396,13 +406,14 @@ def load_prompter(model_dir: str | os.PathLike, config: Qwen3VLConfig) -> Prompt
 def save(system: System, model_dir: str | os.PathLike, dtype: Any = None) -> None:
     """Writes a whole model directory, which diffusers opens with its pipeline.
 
-    Tokenizer and processor are copied from `system.folder`. The index comes last: a directory with
-    a model_index.json is complete.
+    Tokenizer and processor are copied from `system.folder`. An index that is there goes
+    first, the new one comes last: a directory with a model_index.json is complete.
 
     Args:
       dtype: of the tensors in the files; None keeps each parameter's own.
     """
     folder = Path(model_dir)
+    (folder / _INDEX).unlink(missing_ok=True)
     for name, component in NETWORKS.items():
         config = getattr(system.config, name)
         pretrained.write(folder, component, config, system.params[name], dtype)
@@ -418,8 +429,9 @@ def write_settings(model_dir: Path, config: Config) -> None:
     with pretrained.replaced_folder(model_dir / "scheduler") as new:
         pretrained.write_json(new / _SCHEDULER, config.shift.to_scheduler())
     (model_dir / _PROMPTS).unlink(missing_ok=True)
-    if (config.drop, config.image_side) != (DropCounts(), prompts.IMAGE_SIDE):
-        given = {"drop": config.drop._asdict(), "image_side": config.image_side}
+    ours = _Ours(config.drop, config.image_side, config.mobile_steps)
+    if ours != _Ours():
+        given = {**ours._asdict(), "drop": ours.drop._asdict()}
         pretrained.write_json(model_dir / _PROMPTS, given)
     index = {
         "_class_name": PIPELINES[config.mobile],
@@ -453,17 +465,25 @@ def _read_index(folder: Path) -> bool:
     return name == PIPELINES[True]
 
 
-def _read_prompts(folder: Path) -> tuple[DropCounts, int]:
-    """Tokens to drop, and the side in pixels at which the encoder sees sources."""
+class _Ours(NamedTuple):
+    """What `prompts.json` says of a model, by the names of `Config`."""
+
+    drop: DropCounts = DropCounts()
+    image_side: int = prompts.IMAGE_SIDE
+    mobile_steps: int = MOBILE_STEPS
+
+
+def _read_ours(folder: Path) -> _Ours:
     if not (folder / _PROMPTS).is_file():
-        return DropCounts(), prompts.IMAGE_SIDE
+        return _Ours()
     given = pretrained.read_json(folder / _PROMPTS)
     try:
-        return DropCounts(**given["drop"]), int(given.get("image_side", prompts.IMAGE_SIDE))
+        numbers = {name: int(given[name]) for name in _Ours._fields[1:] if name in given}
+        return _Ours(DropCounts(**given["drop"]), **numbers)
     except (TypeError, KeyError, ValueError) as error:
         raise ModelDirectoryError(
             f'{folder / _PROMPTS}: expected {{"drop": {{"generate": ..., "edit": ...}}, '
-            '"image_side": ...}'
+            '"image_side": ..., "mobile_steps": ...}'
         ) from error
 
 

@@ -10,8 +10,8 @@ both at once take more memory of the machine that compiles. Reinforcement learni
 updates from a rollout, which is a program of its own: --update=rollout (here without the encoders,
 which run in it, too). A config with aspect ratios has a program for each bucket, of which --bucket
 names one: at sizes that the kernels for TPUs do not take, plain operations take their place, which
-need more memory. Needs libtpu (pip install 'dreamlite_jax[tpu]') and, for the released network at
-1024 px, some ten minutes. Exit code 3: it does not fit the chip's memory.
+need more memory. Needs libtpu (pip install '.[tpu]') and, for the released network at 1024 px,
+some ten minutes. Exit code 3: it does not fit the chip's memory.
 """
 
 import json
@@ -128,9 +128,7 @@ def topology(name: str, slices: int = 1) -> list[Any]:
         devices = topologies.get_topology_desc(name, "tpu", num_slices=slices).devices
     except Exception as error:  # the plugin has errors of its own
         if "libtpu" in str(error) and "open" in str(error):
-            raise cli.CommandError(
-                "libtpu is not installed: pip install 'dreamlite_jax[tpu]'"
-            ) from error
+            raise cli.CommandError("libtpu is not installed: pip install '.[tpu]'") from error
         raise cli.CommandError(
             f"--topology {name}: {' '.join(str(error).split())[:200]}; expected a kind and a shape "
             "such as v5e:4x4, v5p:4x4x4, v6e:4x4"

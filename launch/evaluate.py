@@ -12,14 +12,14 @@ each is compared with the first over the prompts that both have drawn. A variant
 diversity, inputs. Those of the same `group`, such as the seeds of a training, are averaged, too,
 with the intervals of their change over prompts and over runs. In place of `model` one may have
 `pictures`, a folder with what another program made of a variant's inputs (convert.run_bundle
---requests).
+--requests); where it wrote their prompts, these must be those of --seed and --world.
 
 Writes scores.json, with accuracies and by attribute how much of what was asked is there, and for
 every variant, task and split what was drawn and a contact sheet. Run again after an interruption it
 does what is missing; what other settings made, or a model that has changed since, it makes anew.
 """
 
-import json
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -36,14 +36,15 @@ from dreamlite_jax.data import mixture, pictures, prompts
 from dreamlite_jax.evals import shapes, statistics
 from dreamlite_jax.evals.shapes import Case
 from dreamlite_jax.train import checkpoint, origins, signals
-from launch import compilation
+from launch import compilation, variants
 from launch.files import read_arrays, read_json, write_arrays, write_json
+from launch.variants import Variant
 
 MODEL = flags.DEFINE_string("model", None, "model directory, or a run's workdir")
 VARIANTS = flags.DEFINE_string("variants", None, "JSON list of several variants, see above")
 SUITE = flags.DEFINE_enum("suite", "shapes", ["shapes"], "benchmark")
 OUT = flags.DEFINE_string("out", None, "folder for the scores", required=True)
-STEPS = flags.DEFINE_integer("steps", None, "default: 28, mobile models 4", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", None, "default: 28, mobile models their own", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "of the text; default: 3.5")
 IMAGE_GUIDANCE = flags.DEFINE_float("image_guidance", None, "of the source; default: 1.5")
 STOCHASTIC = flags.DEFINE_float("stochastic", 0.0, "fresh noise in every step, see launch.sample")
@@ -61,24 +62,6 @@ GUIDED_STEPS, SAMPLES = 28, 4
 DRAWN_BY = ("steps", "guidance", "image_guidance", "stochastic")
 SETTINGS = (*DRAWN_BY, "count", "diversity")  # of a variant's pictures
 SCORES, INPUTS_ENDING = "scores.json", "_inputs.npz"
-
-
-class Variant(NamedTuple):
-    """A way to make pictures."""
-
-    name: str
-    model: str | None = None
-    pictures: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    image_guidance: float | None = None
-    stochastic: float = 0.0
-    count: int = 256
-    task: tuple[str, ...] = ("t2i", "edit")
-    split: tuple[str, ...] = shapes.SPLITS
-    diversity: int = 0
-    inputs: bool = False
-    group: str | None = None
 
 
 class Cell(NamedTuple):
@@ -99,7 +82,7 @@ class Cell(NamedTuple):
 
 def main() -> None:
     use_cache()
-    found = variants()
+    found = [as_drawn(variant) for variant in asked_for()]
     out = Path(OUT.value)
     cells = [
         Cell(variant, task, split, out / variant.name)
@@ -133,7 +116,7 @@ def main() -> None:
     write_json(out / SCORES, results)
 
 
-def variants() -> list[Variant]:
+def asked_for() -> list[Variant]:
     """What --model or --variants asks for."""
     if (MODEL.value is None) == (VARIANTS.value is None):
         raise cli.CommandError("give either --model or --variants")
@@ -148,40 +131,42 @@ def variants() -> list[Variant]:
         "diversity": DIVERSITY.value,
         "inputs": INPUTS.value,
     }
-    if MODEL.value is not None:
-        given = [{"name": Path(MODEL.value).resolve().name, "model": MODEL.value}]
-    else:
-        try:
-            given = json.loads(VARIANTS.value)
-        except ValueError as error:
-            raise cli.CommandError(f"--variants: no JSON ({error})") from error
-    if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
-        raise cli.CommandError("--variants: expected a JSON list of objects")
-    try:
-        return [Variant(**{**common, **one}) for one in given]
-    except TypeError as error:
-        known = ", ".join(Variant._fields)
-        raise cli.CommandError(f"--variants: needs a name, and knows {known}") from error
+    if VARIANTS.value is not None:
+        return variants.parsed(VARIANTS.value, common)
+    name = Path(MODEL.value).resolve().name
+    return variants.made([{"name": name, "model": MODEL.value}], common)
+
+
+def as_drawn(variant: Variant) -> Variant:
+    """The variant without the guidance that its model does not take, which is said."""
+    unguided = variant._replace(guidance=None, image_guidance=None)
+    if variant.model is None or variant == unguided:
+        return variant
+    kind = "run" if checkpoint.folder_kind(variant.model) == "run" else "model"
+    if not origins.is_mobile(origins.Origin(kind, variant.model)):
+        return variant
+    cli.warn(f"{variant.name}: guidance and image_guidance are {generation.IGNORED}")
+    return unguided
 
 
 def maker_of(model: str | None) -> dict[str, Any]:
     """What tells a model from any other, and from itself at another time: its path, of a run the
-    step that it has reached, and when that was written."""
+    step that it has reached, and when that, or the newest of its files, was written."""
     if model is None:
         return {}
     folder, step = Path(model), None
-    file = folder / "model_index.json"
+    files = system.files(folder)
     if checkpoint.folder_kind(folder) == "run":
         step = checkpoint.read_meta(folder)[0]
-        file = folder / checkpoint.FOLDER / str(step)
-    return {"model": str(folder.resolve()), "step": step, "written": written(file)}
+        files = [folder / checkpoint.FOLDER / str(step)]
+    return {"model": str(folder.resolve()), "step": step, "written": written(*files)}
 
 
-def written(file: Path) -> str | None:
-    """When a file was written; None where there is none, of which its reader will tell."""
-    if not file.exists():
-        return None
-    return datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat()
+def written(*files: Path) -> str | None:
+    """When the newest of some files was written; None where there is none, of which its reader will
+    tell."""
+    times = [file.stat().st_mtime for file in files if file.exists()]
+    return datetime.fromtimestamp(max(times), UTC).isoformat() if times else None
 
 
 def made_with(cell: Cell, maker: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,16 +218,14 @@ def evaluated(cell: Cell, model: system.System | None, asked: Any) -> dict[str, 
     """The result of a cell; its pictures are written beside it."""
     variant, began = cell.variant, time.monotonic()
     if model is None:
-        images = drawn_elsewhere(cell)
-        side = images.shape[1]
-        given = shapes.cases(cell.task, cell.split, len(images), side, WORLD.value, SEED.value)
-        settings, spread = {}, None
+        images, given = drawn_elsewhere(cell)
+        side, settings, spread = images.shape[1], {}, None
     else:
         side = model.config.default_side
         given = shapes.cases(cell.task, cell.split, variant.count, side, WORLD.value, SEED.value)
         again = shapes.repeated(given, variant.diversity, SAMPLES)
         wanted = wanted_settings(variant, model.config, side)
-        settings = {name: getattr(wanted, name) for name in DRAWN_BY}
+        settings = settings_used(wanted, model.config, cell.task)
         made = shapes.pictures(model, [*given, *again], wanted, lambda: leave(asked))
         images, spread = made[: len(given)], None
         if len(again):
@@ -282,6 +265,12 @@ def wanted_settings(variant: Variant, config: system.Config, side: int) -> gener
     )
 
 
+def settings_used(wanted: generation.Settings, config: system.Config, task: str) -> dict[str, Any]:
+    """What scores.json says of them; None: that has no part in it."""
+    unused = generation.unused(config, task == mixture.EDIT)
+    return {name: None if name in unused else getattr(wanted, name) for name in DRAWN_BY}
+
+
 def leave(asked: Any) -> None:
     if asked():
         sys.exit(signals.EXIT_TO_RESUME)
@@ -291,14 +280,26 @@ def pictures_of(cell: Cell) -> Path:
     return Path(cell.variant.pictures) / f"{cell.stem}.npz"
 
 
-def drawn_elsewhere(cell: Cell) -> np.ndarray:
-    """Pictures uint8 [N, S, S, 3] that another program has made of the cell's inputs."""
+def drawn_elsewhere(cell: Cell) -> tuple[np.ndarray, list[Case]]:
+    """Pictures uint8 [N, S, S, 3] that another program has made of the cell's inputs, and what they
+    were asked for; where it wrote the prompts [N] that it was given, these must be the same."""
     file = pictures_of(cell)
     try:
-        with np.load(file) as arrays:
-            return arrays["images"]
+        drawn = read_arrays(file)
+        images = drawn["images"]
     except (OSError, KeyError, ValueError) as error:
         raise cli.CommandError(f"{file}: no pictures of {cell.stem} ({error})") from error
+    side = images.shape[1]
+    given = shapes.cases(cell.task, cell.split, len(images), side, WORLD.value, SEED.value)
+    wanted = [case.prompt for case in given]
+    asked = drawn["prompts"].tolist() if "prompts" in drawn else wanted
+    for k, (theirs, ours) in enumerate(itertools.zip_longest(asked, wanted)):
+        if theirs != ours:
+            raise cli.CommandError(
+                f"{file}: picture {k} is of {theirs!r}, but of --seed={SEED.value} and "
+                f"--world={WORLD.value} it would be {ours!r}; give those of its inputs"
+            )
+    return images, given
 
 
 def write_inputs(cell: Cell, model: system.System, given: list[Case], side: int) -> None:

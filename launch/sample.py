@@ -42,7 +42,7 @@ SHEET = flags.DEFINE_string("contact_sheet", None, "PNG file for an overview of 
 LATENTS = flags.DEFINE_string("latents", None, ".npy file for the final latents [N, H/8, W/8, 4]")
 HEIGHT = flags.DEFINE_integer("height", None, "pixels; default: --image's, or the model's own")
 WIDTH = flags.DEFINE_integer("width", None, "pixels; default: --image's, or the model's own")
-STEPS = flags.DEFINE_integer("steps", None, "sampling steps; default: 30, mobile models 4")
+STEPS = flags.DEFINE_integer("steps", None, "sampling steps; default: 30, mobile models their own")
 GUIDANCE = flags.DEFINE_float("guidance", None, "text guidance; default: 3.5")
 IMAGE_GUIDANCE = flags.DEFINE_float(
     "image_guidance", None, "image guidance when editing; default: 1.5; 1 is a third cheaper"
@@ -142,10 +142,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
 def warn_of_unused(mobile: bool, editing: bool) -> None:
     """Says which flags were given to no effect."""
     if mobile and (GUIDANCE.present or IMAGE_GUIDANCE.present or NEGATIVE.present):
-        cli.warn(
-            "--guidance, --image_guidance and --negative_prompt are ignored by a mobile model, "
-            "because classifier-free guidance was distilled away"
-        )
+        cli.warn(f"--guidance, --image_guidance and --negative_prompt are {generation.IGNORED}")
     elif IMAGE_GUIDANCE.present and not editing:
         cli.warn("--image_guidance is ignored without --image")
     if NOISE.present and SEED.present and not STOCHASTIC.value:
@@ -204,11 +201,9 @@ def describe(
     """What the PNGs say of the settings, beside prompt and seed."""
     note = {"model": os.fspath(model.folder), **settings._asdict(), "image": image}
     note["dtype"] = jnp.dtype(model.config.dtype).name
-    unused = {"batch_size"}
-    if model.config.mobile:
-        unused |= {"guidance", "image_guidance", "negative_prompt"}
+    unused = {"batch_size", *generation.unused(model.config, image is not None)}
     if image is None:
-        unused |= {"image", "image_guidance"}
+        unused.add("image")
     return {key: value for key, value in note.items() if key not in unused}
 
 

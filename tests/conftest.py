@@ -26,7 +26,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity"
 # The slowest files, slowest first but for the third: it waits behind the first, which is one test.
 SLOWEST = (
     *("test_demo_e2e", "test_resume", "test_own_photographs", "test_reinforcement"),
-    *("test_configs", "test_processes", "test_aot_compile", "test_bundle", "test_dmd2"),
+    *("test_configs", "test_processes", "test_aot_compile", "test_bundle"),
+    *("test_unet", "test_pipeline", "test_qwen3_vl", "test_dmd2"),
 )
 
 
@@ -93,7 +94,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def gpu() -> None:
     """LiteRT's GPU accelerator on some Vulkan driver; CI has one (`make gpu-driver`)."""
-    from convert import verify
+    from convert import vulkan
 
-    if reason := verify.gpu_available():
+    if reason := vulkan.gpu_available():
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)

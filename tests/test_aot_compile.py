@@ -11,8 +11,9 @@ import commands
 import foreign
 import jax
 import pytest
+from jax.experimental import topologies
 
-from dreamlite_jax import pretrained, system
+from dreamlite_jax import cli, pretrained, system
 from dreamlite_jax.data import pipeline
 from dreamlite_jax.models.autoencoder import TAESDXL
 from dreamlite_jax.models.unet_config import NANO
@@ -261,3 +262,16 @@ def test_wrong_use_ends_in_one_line(config, flags, said, capfd):
     assert compile_for(config, *flags) == 2
     (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error")]
     assert re.search(said, line), line
+
+
+def test_without_libtpu_the_readme_s_command_is_said(monkeypatch):
+    def missing(*_, **kw):
+        raise RuntimeError("Failed to open libtpu.so")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    aot_compile = importlib.import_module("launch.aot_compile")
+    with pytest.raises(cli.CommandError) as refused:
+        aot_compile.topology("v5e:4x4")
+    said = str(refused.value).removeprefix("libtpu is not installed: ")
+    assert said in " ".join((commands.ROOT / "README.md").read_text().split())
+    assert said in aot_compile.__doc__

@@ -87,6 +87,7 @@ def test_what_is_wrong_with_settings():
     assert found == ["moments is -1.0, should be 0 or more", "noise is nan, should be 0 or more"]
 
 
+@pytest.mark.optimised
 def test_one_picture_is_learnt_by_heart():
     """A shape by the smallest TAESD in 800 steps, to 36 dB here. Fewer end on the steep part of the
     curve, where the rounding of another processor is worth 8 dB."""

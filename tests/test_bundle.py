@@ -4,15 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
-from commands import run
+from commands import only_flags_of, run
 from jsonschema import Draft202012Validator
 from PIL import Image
 
-from convert import flatbuffer, manifest, parts, verify
-from dreamlite_jax import pretrained, tiny
+from convert import flatbuffer, lowering, manifest, parts, verify
+from dreamlite_jax import cli, pretrained, tiny
 from dreamlite_jax.models import unet_config
 
 pytestmark = pytest.mark.e2e
@@ -114,6 +115,52 @@ def test_pictures_are_those_of_jax(mode, kind, models, bundles, tmp_path):
     assert manifest.psnr(a, b) >= 35
 
 
+@pytest.fixture
+def given(bundles, tmp_path):
+    """A function that writes some of a golden case's arrays, without padding, as a .npz."""
+
+    def write(mode, *names):
+        with np.load(bundles / "base" / "golden" / f"{mode}.npz") as arrays:
+            found = {name: arrays[name] for name in names}
+        for name in {"context", "null_context"} & {*names}:
+            mask = found[name.replace("context", "mask")]
+            n = int(mask.sum())
+            found[name], found[name.replace("context", "mask")] = found[name][:, :n], mask[:, :n]
+        np.savez(tmp_path / "given.npz", **found)
+        return tmp_path / "given.npz"
+
+    return write
+
+
+def drawn(bundle, file, *arguments):
+    code = run("convert.run_bundle", f"--bundle={bundle}", f"--out={file}", *arguments)
+    return np.asarray(Image.open(file)) if code == 0 else None
+
+
+NULL = ("null_context", "null_mask")
+
+
+def test_given_embeddings_are_guided_as_prompts_are(bundles, given, tmp_path):
+    """A base model's: generating needs no null of its own. Of fewer tokens than the U-Net takes."""
+    base, out = bundles / "base", tmp_path / "a.png"
+    whole = drawn(base, out, f"--embeddings={base / 'golden' / 'generate.npz'}")
+    for names in (NULL, ()):
+        file = given("generate", "context", "mask", *names)
+        np.testing.assert_array_equal(drawn(base, out, f"--embeddings={file}"), whole)
+
+
+def test_a_guided_edit_needs_the_empty_prompt_with_the_picture(bundles, given, tmp_path, capsys):
+    base, out = bundles / "base", tmp_path / "a.png"
+    image = f"--image={base / 'golden' / 'generate.png'}"
+    whole = drawn(base, out, image, f"--embeddings={base / 'golden' / 'edit.npz'}")
+    file = given("edit", "context", "mask", *NULL)
+    np.testing.assert_array_equal(drawn(base, out, image, f"--embeddings={file}"), whole)
+    file = given("edit", "context", "mask")
+    assert drawn(base, out, image, f"--embeddings={file}") is None
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "takes null_context and null_mask, too" in err
+
+
 def test_a_receiver_needs_no_jax():
     code = (
         "import sys, convert.run_bundle; print([m for m in ('jax', 'torch') if m in sys.modules])"
@@ -123,7 +170,11 @@ def test_a_receiver_needs_no_jax():
 
 
 def test_golden_verdicts(bundle, capsys):
-    assert run("convert.run_bundle", f"--bundle={bundle}", "--golden") == 0
+    """By the command that the bundle's README has for its receiver."""
+    lines = (bundle / "README.md").read_text("utf-8").splitlines()
+    (typed,) = [line for line in lines if "run_bundle" in line and "=cpu" in line]
+    module, *arguments = typed.replace("PATH", str(bundle)).split()[2:]
+    assert run(module, *arguments) == 0
     out = capsys.readouterr().out
     assert out.count("ok ") == 2 * STEPS + 4 and "FAIL" not in out
 
@@ -223,7 +274,8 @@ def test_a_missed_golden_output_is_a_failure(copy, capsys):
     assert "FAIL generate: step 1" in out and f"{STEPS} golden outputs were not reached" in err
 
 
-def test_wrong_use_is_one_line(models, bundle, tmp_path, capsys):
+def test_wrong_use_is_one_line(models, bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lowering, "write", None)  # nothing is worth lowering
     model, out = f"--model={models['mobile']}", f"--out={tmp_path / 'b'}"
     picture = bundle / "golden" / "edit.png"
     long = f"--prompt={'boat ' * 90}"
@@ -232,6 +284,10 @@ def test_wrong_use_is_one_line(models, bundle, tmp_path, capsys):
         "there already": ("bundle", [model, f"--out={bundle}", "--nogpu"], "exists"),
         "no model": ("bundle", ["--model=nowhere", out, "--nogpu"], "no such directory"),
         "weights": ("bundle", [model, out, "--nogpu", "--weights=int3"], "int3"),
+        "lengths": ("bundle", [model, out, "--nogpu", "--text_lengths=128 384"], "written 128,384"),
+        "no length": ("bundle", [model, out, "--nogpu", "--text_lengths="], "written 128,384"),
+        "no room": ("bundle", [model, out, "--nogpu", "--text_lengths=40"], "has room for 40"),
+        "no prompt": ("bundle", [model, out, "--nogpu", "--prompt_length=9"], "has room for 9"),
         "no parts": ("bundle", [model, out, "--nogpu", "--text_parts=0"], "text_parts"),
         "too many parts": ("bundle", [model, out, "--nogpu", "--text_parts=4"], "has 3 layers"),
         "prompt": ("run_bundle", [f"--bundle={bundle}", out], "give --prompt"),
@@ -245,3 +301,96 @@ def test_wrong_use_is_one_line(models, bundle, tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and expected in err, (name, err)
         assert not (tmp_path / "b").exists(), name
+
+
+@pytest.fixture
+def build():
+    """The module of the command."""
+    with only_flags_of("convert.bundle") as module:
+        yield module
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A folder with somebody's files, where commands run, and an empty one in it."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "note.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lowering, "write", None)  # what is refused is refused before
+    return tmp_path
+
+
+def test_only_a_bundle_is_overwritten(build, models, bundle, folders, capsys):
+    model = models["mobile"]
+    before = sorted(file for file in model.rglob("*"))
+    for out in (model, ".", "note.txt"):
+        arguments = [f"--model={model}", f"--out={out}", "--nogpu", "--overwrite"]
+        assert run("convert.bundle", *arguments) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "is no bundle" in err, err
+    assert sorted(file for file in model.rglob("*")) == before
+    assert (folders / "note.txt").read_text() == "mine"
+    build.check_place(folders / "empty", overwrite=False)
+    build.check_place(bundle, overwrite=True)
+
+
+def test_only_on_demand_a_zip_is_overwritten(build, models, folders, capsys):
+    archive = folders / "new.zip"
+    archive.write_text("mine")
+    assert (
+        run("convert.bundle", f"--model={models['mobile']}", "--out=new", "--nogpu", "--zip") == 2
+    )
+    assert "new.zip exists" in capsys.readouterr().err and archive.read_text() == "mine"
+    build.check_archive(archive, overwrite=True)
+    (folders / "empty.zip").mkdir()
+    with pytest.raises(cli.CommandError, match="exists"):
+        build.check_archive(folders / "empty.zip", overwrite=True)
+
+
+def test_a_zip_appears_whole_or_not_at_all(build, bundle, folders, monkeypatch):
+    archive = bundle.parent / "mobile.zip"
+    with zipfile.ZipFile(archive) as found:
+        assert {name for name in found.namelist() if not name.endswith("/")} == {
+            file.relative_to(bundle).as_posix() for file in bundle.rglob("*") if file.is_file()
+        }
+        assert found.testzip() is None
+    (folders / "old.zip").write_text("mine")
+    monkeypatch.setattr(zipfile.ZipFile, "write", None)
+    with pytest.raises(TypeError):
+        build.write_zip(bundle, folders / "old.zip")
+    assert (folders / "old.zip").read_text() == "mine"
+    assert {file.name for file in folders.iterdir()} == {"empty", "note.txt", "old.zip"}
+
+
+def test_files_that_are_no_gpu_variants_are_named(build, models, folders, monkeypatch, capsys):
+    reports = {
+        "a.tflite": {"delegated": True, "reason": ""},
+        "b.tflite": {"delegated": False, "reason": "GATHER_ND is not supported"},
+        "c.tflite": {"delegated": None, "reason": "not tried"},
+    }
+
+    def made(model, out, plan, gpu):
+        out.mkdir()
+        pretrained.write_json(out / "gpu_report.json", reports)
+
+    monkeypatch.setattr(build, "build", made)
+    assert run("convert.bundle", f"--model={models['mobile']}", "--out=new", "--nogpu") == 0
+    out, err = capsys.readouterr()
+    assert err == "warning: b.tflite is no GPU variant: GATHER_ND is not supported\n"
+    assert out.startswith("new: ")
+
+
+def test_what_the_accelerator_refuses_is_said_of_the_file_alone(build, folders, monkeypatch):
+    """Not of the folder that it lies in for now."""
+    file = folders / "unet.tflite"
+
+    def run(file, signature, inputs, accelerator, precision):
+        if accelerator == "gpu":
+            raise verify.VerifyError(f"{file} on the gpu: {file} is not supported")
+        return [np.arange(3.0)]
+
+    monkeypatch.setattr(verify, "run", run)
+    graph = lowering.Graph("f", None, (), lowering.Tensor("y", (3,), ""))
+    found = build._measured(file, [graph], [verify.Case({}, np.arange(3.0))], True, 45)
+    assert found["delegated"] is False
+    assert found["reason"] == "unet.tflite on the gpu: unet.tflite is not supported"

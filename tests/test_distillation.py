@@ -2,6 +2,7 @@
 configured. Most tests have toy networks of a few numbers in the places of the real ones."""
 
 import functools
+import json
 import types
 
 import commands
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import training
+from PIL import Image
 
 from configs.shapes import distill_dmd2
 from dreamlite_jax import system, tiny
@@ -317,7 +319,7 @@ def test_over_baking_is_told_apart():
 
 
 @pytest.mark.e2e
-def test_a_student_becomes_a_mobile_model_and_no_teacher(cache, tmp_path):
+def test_a_student_becomes_a_mobile_model_and_no_teacher(cache, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "model"
     training.run("distill_dmd2", run, cache)
     step, arrays, lines = training.result(run)
@@ -326,10 +328,14 @@ def test_a_student_becomes_a_mobile_model_and_no_teacher(cache, tmp_path):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert len([*(run / "samples").glob("*distillation.png")]) == 2
     assert commands.run("convert.export", f"--workdir={run}", f"--out={out}") == 0
+    assert "DreamLiteMobilePipeline of 2 steps, " in capsys.readouterr().out
     model = system.load(out)
-    assert model.config.mobile and model.config.unet == NANO
+    assert model.config.mobile and model.config.mobile_steps == 2
+    assert model.config.unet == NANO
     flags = f"--model={out}", "--prompt=a red circle", f"--out={tmp_path / 'out.png'}"
     assert commands.run("sample", *flags, "--height=64", "--width=64") == 0
+    note = json.loads(Image.open(tmp_path / "out.png").info["dreamlite_jax"])
+    assert note["steps"] == 2
 
     again = tmp_path / "again"
     said = training.run("distill_dmd2", again, cache, f"--config.init_from={run}", code=2)

@@ -210,11 +210,12 @@ def scored(oracle, monkeypatch, tmp_path, capsys):
     model, asked = oracle
     monkeypatch.setattr(system, "load", lambda folder: model)
     monkeypatch.setattr(origins, "load_run", lambda folder, step: model)
+    monkeypatch.setattr(system, "read_config", lambda folder: model.config)
 
     def evaluate(folder, *more):
         flags = ("--split=iid", "--task=t2i", f"--out={tmp_path / 'out'}", "--compilation_cache=")
         assert commands.run("evaluate", f"--model={folder}", "--count=9", *flags, *more) == 0
-        return capsys.readouterr().out, len(asked)
+        return "".join(capsys.readouterr()), len(asked)
 
     return evaluate
 
@@ -236,12 +237,42 @@ def test_what_was_made_otherwise_is_made_anew(scored, tmp_path):
     os.utime(index, (0, 0))
     out, calls = scored(index.parent, *flags)
     assert calls == 7 and "is 1970-01-01T00:00:00" in out
+    weights = index.parent / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
+    os.utime(weights, (86400, 86400))  # newer than the index
+    out, calls = scored(index.parent, *flags)
+    assert calls == 8 and "is 1970-01-02T00:00:00" in out
+    (index.parent / "notes.txt").touch()  # no part of the model
+    assert scored(index.parent, *flags)[1] == 8
     before = json.loads(result.read_text())
     del before["made_with"]  # as it was written once
     result.write_text(json.dumps(before))
     out, calls = scored(index.parent, *flags)
-    assert calls == 8 and "it does not say what it was made with" in out
-    assert scored(index.parent, *flags)[1] == 8
+    assert calls == 9 and "it does not say what it was made with" in out
+    assert scored(index.parent, *flags)[1] == 9
+
+
+@pytest.mark.parametrize("kind", ["model", "run"])
+def test_a_mobile_model_has_its_own_steps_and_no_guidance(
+    kind, oracle, scored, monkeypatch, tmp_path
+):
+    """Guidance that is given is neither recorded nor a reason to draw again; that is said."""
+    model, asked = oracle
+    config = model.config._replace(mobile=True, mobile_steps=8)
+    monkeypatch.setattr(system, "load", lambda folder: model._replace(config=config))
+    monkeypatch.setattr(origins, "load_run", lambda *_: model._replace(config=config))
+    monkeypatch.setattr(system, "read_config", lambda folder: config)
+    (tmp_path / "m").mkdir()
+    if kind == "run":
+        with checkpoint.open_manager(tmp_path / "m") as manager:
+            checkpoint.save(manager, 1, {"x": jnp.ones(1)}, {"mobile": True})
+    for flags, calls in (([], 1), (["--guidance=2"], 1), (["--guidance=2", "--task=t2i,edit"], 2)):
+        said, drawn = scored(tmp_path / "m", *flags)
+        assert drawn == calls and asked[-1][0].steps == 8
+        assert ("m: guidance and image_guidance are ignored by a mobile" in said) == bool(flags)
+        for one in json.loads((tmp_path / "out" / "scores.json").read_text()):
+            assert (one["steps"], one["guidance"], one["image_guidance"]) == (8, None, None)
 
 
 def test_a_run_that_went_on_is_drawn_again(scored, tmp_path):
@@ -278,6 +309,26 @@ def test_pictures_of_another_program_are_judged(tmp_path, capsys):
     assert commands.run("evaluate", *flags, "--compilation_cache=") == 0
     out = capsys.readouterr().out
     assert "made anew, as written was" in out and "phone t2i held_out: 0.0 % exact" in out
+
+
+def test_pictures_of_other_prompts_are_refused(tmp_path, capsys):
+    given = shapes.cases("t2i", "held_out", 3, 32)
+    images = np.stack([case.target for case in given])
+    wanted = [case.prompt for case in given]
+    one = {"name": "phone", "pictures": str(tmp_path), "task": ["t2i"], "split": ["held_out"]}
+    flags = f"--variants={json.dumps([one])}", f"--out={tmp_path / 'out'}", "--compilation_cache="
+    file = tmp_path / "t2i_held_out.npz"
+    np.savez(file, images=images, prompts=wanted)
+    assert commands.run("evaluate", *flags) == 0
+    capsys.readouterr()
+    assert commands.run("evaluate", *flags, "--seed=1") == 2
+    said = capsys.readouterr().err
+    assert f"picture 0 is of '{wanted[0]}', but of --seed=1 and --world=demo it would be" in said
+    for prompts, number in (([*wanted[:2], "a hat"], 2), (wanted[:2], 2), ([*wanted, "a hat"], 3)):
+        np.savez(file, images=images, prompts=prompts)
+        assert commands.run("evaluate", *flags) == 2
+        said = capsys.readouterr().err
+        assert f"{file}: picture {number} is of " in said and said.count("\n") == 1
 
 
 def test_variants_are_compared_with_the_first(tmp_path, capsys):
@@ -324,6 +375,34 @@ def test_runs_of_a_group_are_averaged(tmp_path, capsys):
     assert found["group"] == "new" and found["variants"] == ["seed_0", "seed_1"]
     assert found["accuracy"] == pytest.approx(0.8)
     assert found["change"]["value"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("variants", "reasons"),
+    [
+        ([{"name": "a", "model": None}], ["needs either a model or pictures"]),
+        ([{"name": "a", "pictures": "there"}], ["needs either a model or pictures"]),
+        ([{"name": "a"}, {"name": "b"}, {"name": "a"}], ["2 variants have the name 'a'"]),
+        ([{"name": "a/b"}, {"name": ".."}], ["name is 'a/b', should be", "name is '..', should"]),
+        ([{"name": ["a"]}], ["name is ['a'], should be the name of a folder"]),
+        ([{"name": "a", "steps": 0, "count": -1}], ["steps is 0, should", "count is -1, should"]),
+        ([{"name": "a", "guidance": "1"}], ["guidance is '1', should be a finite number"]),
+        ([{"name": "a", "count": None}], ["count is None, should be a whole number of at least 1"]),
+        ([{"name": "a", "task": "t2i"}], ["task is 't2i', should be a list of some of t2i, edit"]),
+        ([{"name": "a", "task": []}], ["task is [], should be a list"]),
+        ([{"name": "a", "split": ["iid", "test"]}], ["split is ['iid', 'test'], should be a list"]),
+        ([{"name": "a", "stochastic": 2}], ["stochastic is 2, should be a number in [0, 1]"]),
+        ([], ["expected a JSON list of objects"]),
+    ],
+)
+def test_wrong_variants_are_one_line_before_a_model_is_opened(variants, reasons, tmp_path, capsys):
+    """`model` is a path that nobody looks at."""
+    given = json.dumps([{"model": "nowhere", **one} for one in variants])
+    flags = f"--variants={given}", f"--out={tmp_path / 'out'}", "--compilation_cache="
+    assert commands.run("evaluate", *flags) == 2
+    err = capsys.readouterr().err
+    assert all(reason in err for reason in reasons) and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,7 @@ def test_the_share_of_the_peak_is_told_where_it_is_known(tmp_path, monkeypatch, 
         assert line["time/mfu"] == pytest.approx(1e9 * line["time/steps_per_second"] / peak)
 
 
+@pytest.mark.optimised
 def test_a_network_learns_one_batch_by_heart():
     """A U-Net of one level, generation and editing, always the same noise: it has to copy from what
     it sees, and to tell the rows apart."""

@@ -10,7 +10,7 @@ import training
 from configs import distill_dmd2, phase1_t2i_256, rl_grpo
 from configs.photographs import phase1_t2i as photographs
 from configs.shapes import autoencoder, phase3_joint, rl_nft
-from dreamlite_jax import pretrained, tiny
+from dreamlite_jax import pretrained, system, tiny
 from dreamlite_jax.models.unet_config import DREAMLITE, NANO, TINY, UNetConfig
 from dreamlite_jax.train import checkpoint, distillation, origins
 from dreamlite_jax.train import config as train_config
@@ -80,19 +80,23 @@ def test_what_starts_from_a_distilled_model_makes_one(module, quick, cache, tmp_
     began = training.begun(config, tmp_path / "run")
     assert began.origins["unet"] == Origin("run", student)
     later = Origin("run", str(tmp_path / "run"))
-    assert origins.is_mobile(later)
+    assert origins.is_mobile(later) and origins.mobile_steps(later) == 2
     (line,) = distillation.teacher_problems(later, False)
     assert "a mobile model" in line
     resumed = train_config.opened(config, tmp_path / "run")
     assert resumed.origins["unet"].kind == "own" and train_config.meta_of(resumed)["mobile"]
+    assert train_config.meta_of(resumed)["mobile_steps"] == 2
 
 
 def test_what_starts_elsewhere_makes_none(quick, tmp_path):
     training.begun(quick(), tmp_path / "run")
     assert not origins.is_mobile(Origin("run", str(tmp_path / "run")))
-    mobile = str(tiny.tiny_model_dir(tmp_path / "mobile", mobile=True))
+    folder = tiny.tiny_model_dir(tmp_path / "mobile", mobile=True)
+    system.write_settings(folder, tiny.config(mobile=True)._replace(mobile_steps=8))
+    mobile = str(folder)
     from_it = quick(init_from=mobile, unet="tiny", model=mobile)
-    assert train_config.meta_of(train_config.opened(from_it, tmp_path / "a"))["mobile"]
+    meta = train_config.meta_of(train_config.opened(from_it, tmp_path / "a"))
+    assert meta["mobile"] and meta["mobile_steps"] == 8
     scratch = quick(unet="tiny", model=mobile)
     assert not train_config.meta_of(train_config.opened(scratch, tmp_path / "b"))["mobile"]
 

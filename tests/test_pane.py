@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from configs import distill_dmd2, phase3_joint, rl_grpo, rl_nft
-from dreamlite_jax import generation, system
+from dreamlite_jax import generation, system, tiny
 from dreamlite_jax.models.unet import UNet
+from dreamlite_jax.models.unet_config import NANO
+from dreamlite_jax.pretrained import UNET
 from dreamlite_jax.train import checkpoint, origins, stages
 from dreamlite_jax.train import config as train_config
 from dreamlite_jax.train.checks import ConfigError
@@ -15,7 +17,9 @@ from dreamlite_jax.train.checks import ConfigError
 
 @pytest.fixture(scope="module")
 def model(cache):
-    return system.load(cache / "model")
+    found = system.load(cache / "model")
+    smaller = {"unet": tiny.random_params(UNET, NANO)}
+    return found._replace(config=found.config._replace(unet=NANO), params=found.params | smaller)
 
 
 def batch_of(config, b=2, side=32):

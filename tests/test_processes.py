@@ -16,7 +16,7 @@ STAGE = "shapes/autoencoder"  # the quickest to compile; what is tested here is 
 def alone(tmp_path_factory, cache):
     """Four steps on one device."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    training.run(STAGE, workdir, cache, training.SMOOTH, "--config.steps=4")
+    training.run_here(STAGE, workdir, cache, training.SMOOTH, "--config.steps=4")
     return workdir
 
 
@@ -50,7 +50,7 @@ def test_2_processes_of_4_devices_then_1(alone, cache, tmp_path):
 
     more = f"--config.steps={step + 2}"
     assert f"going on from step {step}" in training.run(STAGE, run, *given, more)
-    training.run(STAGE, expected, *given, more)
+    training.run_here(STAGE, expected, *given, more)
     training.assert_close(training.result(run)[2], training.result(expected)[2])
     training.assert_parameters_close(run, expected, step + 2)
 
@@ -80,16 +80,16 @@ def test_each_of_2_processes_is_killed(cache, tmp_path):
     assert f"going on from step {step}" in said
 
 
-def test_rollouts_on_2_processes_of_2_devices(cache, tmp_path):
+def test_rollouts_on_2_processes(cache, tmp_path):
     """Of the networks themselves, spread: each process asks about its own pictures."""
     flags = (
         *(training.SMOOTH, "--config.batch_size=16", "--config.rl.updates=1"),
         *("--config.sample.every=0", "--config.steps=2"),
     )
     one, several = tmp_path / "one", tmp_path / "several"
-    training.run("shapes/rl_nft", one, cache, *flags)
-    said = training.run_together("shapes/rl_nft", several, cache, *flags, processes=2, devices=2)
-    assert "16 pictures = 4 prompts x 4 a group = 4 devices x 4 at a time" in said[0]
+    training.run_here("shapes/rl_nft", one, cache, *flags)
+    said = training.run_together("shapes/rl_nft", several, cache, *flags, processes=2)
+    assert "16 pictures = 4 prompts x 4 a group = 2 devices x 8 at a time" in said[0]
     found, expected = (training.result(run)[2] for run in (several, one))
     training.assert_close(found, expected)
     for ours, theirs in zip(found, expected, strict=True):

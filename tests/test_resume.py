@@ -18,9 +18,10 @@ pytestmark = pytest.mark.e2e
 
 STEPS, SAVED, LOGGED = 9, 3, 2  # a checkpoint between two logs: it keeps the metrics of a step
 # Without phase2_edit, which is phase3_joint with its data in another order.
-STAGES = ("autoencoder", "phase1_t2i", "phase3_joint", "sft", "distill_dmd2")
-OPTIMISED = "sft"  # also as users run it: the others are compiled fast
-SPREAD = "phase3_joint"  # also killed when it goes on, and run on more devices
+STAGES = ("autoencoder", "phase1_t2i", "phase3_joint", "distill_dmd2")
+OPTIMISED = "sft"  # as users run it: the others are compiled fast
+SPREAD = "phase3_joint"  # also run on more devices
+AGAIN = "autoencoder"  # also killed when it goes on
 DRAWN = ("autoencoder",)  # the others draw no pictures on the way: less to compile
 
 
@@ -62,7 +63,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(stage, undisturbed, cache, tmp_
     assert process.wait() == -signal.SIGKILL
     saved = checkpoint.latest_step(run)
     assert SAVED <= saved < STEPS
-    if stage == SPREAD:  # in its start, restored and not yet compiled
+    if stage == AGAIN:  # in its start, restored and not yet compiled
         process, log = training.start(*given), tmp_path / "run.0.log"
         while process.poll() is None and "going on from step" not in log.read_text():
             time.sleep(0.01)
@@ -158,9 +159,9 @@ def test_runs_start_from_runs(undisturbed, cache, tmp_path, capsys, caplog):
 
 
 def test_2_processes_of_4_devices(undisturbed, cache, tmp_path):
-    given = f"shapes/{SPREAD}", tmp_path / "run", cache, *flags_of(SPREAD), "--config.steps=4"
+    given = f"shapes/{SPREAD}", tmp_path / "run", cache, *flags_of(SPREAD), "--config.steps=2"
     said = training.run_together(*given, processes=2, devices=4)
     assert "2 processes" in said[0]
-    assert "step 4/4" in said[0] and "step 4/4" not in said[1]
+    assert "step 2/2" in said[0] and "step 2/2" not in said[1]
     found, expected = (training.result(run)[2] for run in (tmp_path / "run", undisturbed(SPREAD)))
-    training.assert_close(found, training.until(expected, 4))
+    training.assert_close(found, training.until(expected, 2))

@@ -49,6 +49,38 @@ def test_drop_counts_are_stored_only_where_they_differ(copy):
     assert system.read_config(copy).drop == DropCounts(34, 64)
 
 
+def test_a_mobile_model_may_have_steps_of_its_own(copy):
+    base = system.read_config(copy)
+    assert base.mobile_steps == 4
+    system.write_settings(copy, base._replace(mobile=True, mobile_steps=8))
+    student = system.read_config(copy)
+    assert student == base._replace(mobile=True, mobile_steps=8)
+    assert generation.resolve(Settings(), student).steps == 8
+    assert generation.resolve(Settings(steps=2), student).steps == 2
+    (copy / "prompts.json").write_text(json.dumps({"drop": base.drop._asdict()}))  # as once written
+    assert system.read_config(copy).mobile_steps == 4
+
+
+def test_a_directory_with_an_index_is_complete(copy, monkeypatch):
+    """What is written over a model and fails half-way is none; other files stay."""
+    model, write = system.load(copy), pretrained.write
+    (copy / "notes.txt").write_text("mine")
+
+    def full(folder, component, *rest):
+        if component is pretrained.AUTOENCODER:
+            raise OSError(28, "No space left on device")
+        write(folder, component, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(pretrained, "write", full)
+        system.save(model, copy)
+    with pytest.raises(ModelDirectoryError, match=r"lacks model_index\.json"):
+        system.read_config(copy)
+    system.save(model, copy)
+    assert system.read_config(copy) == model.config
+    assert (copy / "notes.txt").read_text() == "mine"
+
+
 def test_wrong_drop_counts_are_refused(copy):
     system.write_settings(copy, CONFIG._replace(drop=DropCounts(33, 64)))
     with pytest.raises(ModelDirectoryError, match=r'"generate": 34, "edit": 64'):

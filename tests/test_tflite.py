@@ -452,13 +452,26 @@ def test_psnr_and_ssim():
 def test_the_command(tmp_path, capsys):
     flags = ["--random=nano", f"--out={tmp_path}", "--height=32", "--width=32"]
     chosen = ["--weights=fp16 int8", "--parts=vae_decoder", "--check=64"]
+    earlier = tmp_path / "fp32" / "vae_decoder.tflite"
+    earlier.parent.mkdir()
+    earlier.write_text("of another run")
     assert run("convert.tflite", *flags, *chosen) == 0
     out = capsys.readouterr().out
     assert out.count("lint clean") == 3 and "at 64 px on the CPU" in out
     found = {os.path.relpath(file, tmp_path) for file in tmp_path.rglob("*.tflite")}
-    assert found == {"fp16/vae_decoder.tflite", "int8/vae_decoder.tflite"}
-    assert run("convert.tflite", *flags[:2], "--height=40") == 2
-    assert "multiple of 16" in capsys.readouterr().err
+    assert found == {f"{kind}/vae_decoder.tflite" for kind in ("fp32", "fp16", "int8")}
+    assert earlier.read_text() == "of another run"
+    assert {one.name for one in tmp_path.iterdir()} == {"fp32", "fp16", "int8"}
+    for wrong, said in (
+        ("--height=40", "multiple of 16"),
+        ("--text_lengths=12 20", "'12 20' is no positive whole number"),
+        ("--text_lengths=0", "'0' is no positive whole number"),
+        ("--weights=fp32 fp32,ff=int8", "fp32 and fp32,ff=int8 would both be in fp32/"),
+        ("--weights=int8 fp16 int8,ff=int4", "int8 and int8,ff=int4 would both be in int8/"),
+    ):
+        assert run("convert.tflite", *flags[:2], wrong) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and said in err, err
 
 
 @pytest.mark.e2e

@@ -202,11 +202,16 @@ def test_quick_asks_for_tasks_that_prepared_sets_know():
         base.finished(config, "quick")
 
 
-def test_a_tiny_model_is_made_in_the_workdir(quick, tmp_path):
-    config = quick()
+def test_a_tiny_model_of_the_run_s_seed_is_made_in_the_workdir(quick, cache, tmp_path):
+    config = quick(seed=1)
     config.model = "tiny"
     run = train_config.opened(config, tmp_path / "run")
     assert run.model_dir == tmp_path / "run" / "tiny_model" and run.model_dir.is_dir()
+    own, shared = (
+        (folder / "text_encoder" / "model.safetensors").read_bytes()
+        for folder in (run.model_dir, cache / "model")
+    )
+    assert own != shared
     assert run.config.unet == unet_config.NANO  # the config's own preset, not the model's
 
 

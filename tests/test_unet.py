@@ -110,6 +110,28 @@ def test_wrong_remat(remat, words):
         jax.eval_shape(lambda p: UNet(SMALL, remat=remat).apply({"params": p}, **inputs()), shapes)
 
 
+def test_rematerialisation_changes_no_gradient():
+    params = random_params(pretrained.UNET, SMALL)
+
+    def gradient(remat):
+        module = UNet(SMALL, remat=remat)
+        return jax.grad(lambda p: jnp.sum(jnp.square(module.apply({"params": p}, **inputs()))))
+
+    def blocks(remat):  # how many blocks are recomputed
+        equations = jax.make_jaxpr(gradient(remat))(params).eqns
+        return sum(equation.primitive.name.startswith("remat") for equation in equations)
+
+    assert blocks("none") == 0
+    # Residual and transformer blocks.
+    assert blocks("full") == blocks("products") == 11 + 8
+    assert blocks("full@down_blocks_0|up_blocks_2") == 3 + 1
+    plain = jax.tree.leaves(jax.jit(gradient("none"))(params))
+    again = jax.tree.leaves(jax.jit(gradient("full@down_blocks_0|up_blocks_2"))(params))
+    largest = max(np.abs(a).max() for a in plain)
+    for a, b in zip(plain, again, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6 * largest)
+
+
 def test_what_is_saved_for_the_gradient():
     """Of products, no product is made twice; of nothing but inputs, all of them are."""
     params = pretrained.param_shapes(pretrained.UNET, SMALL)
@@ -156,19 +178,25 @@ def velocity_of(params, ops):
     return jax.jit(lambda p: module.apply({"params": p}, **inputs()))(params)
 
 
-def test_another_set_of_primitives_reaches_every_layer():
+@pytest.fixture(scope="module")
+def plain():
+    """Parameters, and the velocity that the plain primitives give."""
+    params = random_params(pretrained.UNET, SMALL)
+    return params, velocity_of(params, PLAIN)
+
+
+def test_another_set_of_primitives_reaches_every_layer(plain):
     """A lowering passes its own forms; here each counts its calls and computes as before."""
     forms = {name: form for name, form in PLAIN._asdict().items() if form is not None}
-    ops, calls = counting(forms)
-    params = random_params(pretrained.UNET, SMALL)
-    np.testing.assert_array_equal(velocity_of(params, PLAIN), velocity_of(params, ops))
+    (ops, calls), (params, expected) = counting(forms), plain
+    np.testing.assert_array_equal(expected, velocity_of(params, ops))
     assert all(calls.values()), calls
     # every product with a parameter goes through linear, conv or depthwise_conv
     kernels = sum(path[-1] == "kernel" for path in flatten_dict(params))
     assert calls["linear"] + calls["conv"] + calls["depthwise_conv"] == kernels
 
 
-def test_several_primitives_at_once():
+def test_several_primitives_at_once(plain):
     """Where a lowering has them so, the layers ask for them together, and for nothing twice."""
 
     def normed_attention(q, k, v, bias, scale, *, eps):
@@ -186,9 +214,8 @@ def test_several_primitives_at_once():
 
     forms = {f.__name__: f for f in (normed_attention, norm_silu_depthwise, geglu, upsample_conv)}
     assert forms.keys() == {name for name, form in PLAIN._asdict().items() if form is None}
-    ops, calls = counting(forms)
-    params = random_params(pretrained.UNET, SMALL)
-    np.testing.assert_allclose(velocity_of(params, PLAIN), velocity_of(params, ops), atol=1e-5)
+    (ops, calls), (params, expected) = counting(forms), plain
+    np.testing.assert_allclose(expected, velocity_of(params, ops), atol=1e-5)
     paths = ["/".join(path) for path in flatten_dict(params)]
     assert calls == {
         "normed_attention": sum(path.endswith("norm_q/scale") for path in paths),

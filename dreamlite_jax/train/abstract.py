@@ -186,13 +186,14 @@ def distilled_step(
     networks = {distillation.TEACHER: trained["unet"], distillation.FAKE: trained}
     row = shapes_of(one_row(batch))
     as_written = distillation.make_losses(stages.as_written(config), settings, loss)
-    flops = distillation.Losses(
-        *(costs.gradient_flops(loss_fn, trained, networks, row) for loss_fn in as_written)
-    )
+
+    def flops(*names: str) -> float:
+        found = (getattr(as_written, name) for name in names)
+        return sum(costs.gradient_flops(loss_fn, trained, networks, row) for loss_fn in found)
 
     if update == distillation.STUDENT:
         learn = make_update(losses.student, *student)
-        return Step(learn, state, networks, shapes_of(batch), flops.student)
+        return Step(learn, state, networks, shapes_of(batch), flops(update))
     if update == distillation.FAKE:
         learn = make_update(losses.fake, *fake)
 
@@ -200,10 +201,11 @@ def distilled_step(
             for_rows, for_fake = jax.random.split(key)
             return learn(state, {}, prepared(networks, batch, for_rows), for_fake)
 
-        return Step(drawn_and_learnt, state, trained, batch, flops.fake)
+        return Step(drawn_and_learnt, state, trained, batch, flops(update))
     step_fn = distillation.make_step(config, settings, loss, length, student, fake)
     states = {distillation.STUDENT: state, distillation.FAKE: state}
-    return Step(step_fn, states, {distillation.TEACHER: trained["unet"]}, batch, sum(flops))
+    networks = {distillation.TEACHER: trained["unet"]}
+    return Step(step_fn, states, networks, batch, flops(*losses._fields))
 
 
 def reinforced_step(

@@ -240,7 +240,7 @@ def _system_config(raw: ConfigDict, model_dir: Path) -> system.Config:
     if raw.model in tiny.PRESETS:
         try:
             if jax.process_index() == 0 and not (model_dir / "model_index.json").is_file():
-                tiny.tiny_model_dir(model_dir, preset=raw.model)
+                tiny.tiny_model_dir(model_dir, raw.seed, preset=raw.model)
         finally:
             if jax.process_count() > 1:  # all of them, whether they see it already or not
                 multihost_utils.sync_global_devices("tiny model")

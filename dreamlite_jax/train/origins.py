@@ -111,6 +111,24 @@ def is_mobile(origin: Origin, older: bool = False) -> bool:
             return False
 
 
+def mobile_steps(origin: Origin, older: int = system.MOBILE_STEPS) -> int:
+    """In how many steps the model that a network comes from draws, where it is a mobile one;
+    `older` of a run that does not say."""
+    match origin.kind:
+        case "model":
+            return system.read_config(origin.folder).mobile_steps
+        case "run" | "own":
+            return _steps_of(checkpoint.read_meta(origin.folder)[1], older)
+        case "scratch":
+            return older
+
+
+def _steps_of(meta: Mapping[str, Any], older: int) -> int:
+    """As a run with this meta says; a distillation's config does."""
+    distilled = meta.get("config", {}).get("distill", {})
+    return distilled.get("steps", meta.get("mobile_steps", older))
+
+
 def lacks_pane(origin: Origin) -> bool:
     """Whether a network comes from a run that did without the source's pane (`system.Config`)."""
     return origin.kind == "run" and not checkpoint.read_meta(origin.folder)[1].get("pane", True)
@@ -257,7 +275,8 @@ def meta_of(
     """What a checkpoint says of its networks: for `trained_by`, `load_run` and `problems`.
 
     A stage with several states adds "inside", the path of the one that is the model, with a slash.
-    What comes from a model for few steps stays one, "mobile"; distillation makes one of any.
+    What comes from a model for few steps stays one, "mobile", of as many; distillation makes one of
+    any.
     """
     return {
         "trained": list(trained),
@@ -266,6 +285,7 @@ def meta_of(
         "configs": {name: getattr(config, name).to_dict() for name in system.NETWORKS},
         "pane": config.pane,
         "mobile": is_mobile(origins["unet"], config.mobile),
+        "mobile_steps": mobile_steps(origins["unet"], config.mobile_steps),
     }
 
 
@@ -293,7 +313,12 @@ def load_run(
     }
     base = system.read_config(model_dir)
     made_mobile = meta.get("mobile", base.mobile) if mobile is None else mobile
-    config = base._replace(**networks, mobile=made_mobile, pane=learned_pane(meta))
+    config = base._replace(
+        **networks,
+        mobile=made_mobile,
+        mobile_steps=_steps_of(meta, base.mobile_steps),
+        pane=learned_pane(meta),
+    )
     runs, inside = meta["trained_by"], meta.get("inside", "")
     params = {}
     for name, network in networks.items():

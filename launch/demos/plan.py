@@ -100,6 +100,10 @@ SMALLEST = (
     "--config.text_length=120",
     "--config.sample.every=0",
 )
+QUICK_FLAGS = {
+    "rl_nft": ("--config.steps=2",),
+    "distill_dmd2": ("--config.distill.steps=4",),  # which the page says of its student
+}
 
 
 class Plan(NamedTuple):
@@ -188,7 +192,7 @@ def train(plan: Plan, stage: Stage, before: Stage | None) -> Step:
     start = plan.run(before) if before else None
     flags = training(plan, stage.config, plan.run(stage), start)
     if plan.quick:
-        flags.append(f"--config.steps={2 if stage.config == 'rl_nft' else QUICK_STEPS}")
+        flags += (f"--config.steps={QUICK_STEPS}", *QUICK_FLAGS.get(stage.config, ()))
     seconds = plan.time(stage.seconds)
     if plan.share and before:
         short = config_of(plan, stage.config)
