@@ -54,13 +54,17 @@ def made(given: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) -> list[
         known = ", ".join(Variant._fields)
         raise cli.CommandError(f"--variants: needs a name, and knows {known}") from error
     wrong = [f"variant {one.name!r}: {problem}" for one in found for problem in problems(one)]
-    wrong += [
-        f"{count} variants have the name {name}: they would share a folder"
-        for name, count in Counter(repr(one.name) for one in found).items()
-        if count > 1
-    ]
     if wrong:
         raise cli.CommandError("; ".join(wrong))
+    cells = Counter(
+        (one.name, task, split) for one in found for task in one.task for split in one.split
+    )
+    if shared := [cell for cell, count in cells.items() if count > 1]:
+        name, task, split = shared[0]
+        raise cli.CommandError(
+            f"variant {name!r}: {task} {split} is asked for twice under that name, and would be "
+            "written to one place; give each variant a name"
+        )
     return found
 
 

@@ -15,6 +15,7 @@ from dreamlite_jax.data import shapes as world
 from dreamlite_jax.errors import UserError
 from dreamlite_jax.evals import shapes, statistics
 from dreamlite_jax.train import checkpoint, origins
+from launch.variants import made as variants_of
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (0, 10), (3, 10), (10, 10), (180, 256)])
@@ -377,12 +378,17 @@ def test_runs_of_a_group_are_averaged(tmp_path, capsys):
     assert found["change"]["value"] == pytest.approx(0.8)
 
 
+def test_a_name_may_stand_for_one_model_at_each_task():
+    both = [{"name": "a", "model": task, "task": [task]} for task in ("t2i", "edit")]
+    assert [one.model for one in variants_of(both, {})] == ["t2i", "edit"]
+
+
 @pytest.mark.parametrize(
     ("variants", "reasons"),
     [
         ([{"name": "a", "model": None}], ["needs either a model or pictures"]),
         ([{"name": "a", "pictures": "there"}], ["needs either a model or pictures"]),
-        ([{"name": "a"}, {"name": "b"}, {"name": "a"}], ["2 variants have the name 'a'"]),
+        ([{"name": "a"}, {"name": "b"}, {"name": "a"}], ["is asked for twice under that name"]),
         ([{"name": "a/b"}, {"name": ".."}], ["name is 'a/b', should be", "name is '..', should"]),
         ([{"name": ["a"]}], ["name is ['a'], should be the name of a folder"]),
         ([{"name": "a", "steps": 0, "count": -1}], ["steps is 0, should", "count is -1, should"]),

@@ -165,8 +165,8 @@ def steps(plan: Plan) -> list[Step]:
     for stage in STAGES:
         found.append(train(plan, stage, before))
         variants = [{**v, "model": str(plan.run(stage))} for v in stage.variants]
-        if plan.quick:
-            pending += variants
+        if plan.quick:  # in one number of steps, which is one program for each task
+            pending += [v | FEW if v["guidance"] == 1.0 else v for v in variants]
         elif variants:
             found.append(evaluate(plan, stage.config, f"Judging: {stage.title}", variants, 30))
         before = stage
