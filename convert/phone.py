@@ -210,7 +210,8 @@ def read_embeddings(bundle: Bundle, file: str | Path, edit: bool) -> tuple[Conte
     Raises:
       PhoneError: no such .npz, arrays that are missing or of other shapes, too many tokens.
     """
-    found = read_arrays(file, ("context", "mask"), ("null_context", "null_mask"))
+    null = [("null_context", "null_mask")] if bundle.guided else []
+    found = read_arrays(file, ("context", "mask"), *null)
     texts = _tokens(bundle, file, found)
     if not bundle.guided:
         return padded(bundle, texts), None

@@ -22,6 +22,7 @@ does what is missing; what other settings made, or a model that has changed sinc
 import itertools
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -287,7 +288,7 @@ def drawn_elsewhere(cell: Cell) -> tuple[np.ndarray, list[Case]]:
     try:
         drawn = read_arrays(file)
         images = drawn["images"]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise cli.CommandError(f"{file}: no pictures of {cell.stem} ({error})") from error
     side = images.shape[1]
     given = shapes.cases(cell.task, cell.split, len(images), side, WORLD.value, SEED.value)

@@ -146,6 +146,8 @@ def test_the_fake_scores_update_and_the_students_arithmetic(distilled, tmp_path)
     # (with and without the text) of the teacher beside its own; what the fake score learns from is
     # drawn by the student, which is no part of its loss.
     assert student.flops / (4 * fake["model_flops"]) == pytest.approx(2, rel=0.1)
+    both = abstract.step_of(opened(distilled), mesh).flops
+    assert both == pytest.approx(student.flops + 4 * fake["model_flops"], rel=1e-6)
     done = costs.flops_of(student.fn, *student.arguments)
     assert done / student.flops == pytest.approx(1, rel=0.1)
     assert fake["flops"] / fake["model_flops"] == pytest.approx(4 / 3, rel=0.1)

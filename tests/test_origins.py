@@ -105,11 +105,14 @@ def test_checkpoints_that_do_not_say_it_are_as_the_model_directory(quick, tmp_pa
     """Of the run that starts from them, wherever their own has gone."""
     training.begun(quick(), tmp_path / "run")
     saved = checkpoint.read_meta(tmp_path / "run")[1]
-    older = {k: v for k, v in saved.items() if k != "mobile"} | {"model_dir": "/gone"}
+    older = {k: v for k, v in saved.items() if not k.startswith("mobile")} | {"model_dir": "/gone"}
     monkeypatch.setattr(checkpoint, "read_meta", lambda *_: (1, older))
     run = Origin("run", str(tmp_path / "run"))
     assert not origins.is_mobile(run)
     assert [origins.is_mobile(run, kind) for kind in (False, True)] == [False, True]
+    assert origins.mobile_steps(run, 6) == 6
+    older |= {"inside": "student/", "config": {"distill": {"steps": 8}}}
+    assert origins.mobile_steps(run, 6) == 8
 
 
 # --- Workdirs of other stages ---------------------------------------------------------------------

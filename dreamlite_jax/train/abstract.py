@@ -204,8 +204,8 @@ def distilled_step(
         return Step(drawn_and_learnt, state, trained, batch, flops(update))
     step_fn = distillation.make_step(config, settings, loss, length, student, fake)
     states = {distillation.STUDENT: state, distillation.FAKE: state}
-    networks = {distillation.TEACHER: trained["unet"]}
-    return Step(step_fn, states, networks, batch, flops(*losses._fields))
+    teacher = {distillation.TEACHER: trained["unet"]}
+    return Step(step_fn, states, teacher, batch, flops(*losses._fields))
 
 
 def reinforced_step(

@@ -467,8 +467,14 @@ def meta_of(run: Run) -> dict[str, Any]:
         "data": pipeline.description(run.recipe),
         **origins.meta_of(run.config, run.origins, run.raw.train, run.model_dir),
         **({"reference": origins.described(run.reference)} if run.reference else {}),
-        **({"inside": f"{distillation.STUDENT}/", "mobile": True} if run.distill else {}),
+        **(student_of(run.distill) if run.distill else {}),
     }
+
+
+def student_of(settings: distillation.Settings) -> dict[str, Any]:
+    """What the checkpoint of a distillation says of the model that it is."""
+    inside = f"{distillation.STUDENT}/"
+    return {"inside": inside, "mobile": True, "mobile_steps": settings.steps}
 
 
 def check_resumed(run: Run, saved: Mapping[str, Any]) -> None:

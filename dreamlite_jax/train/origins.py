@@ -124,9 +124,10 @@ def mobile_steps(origin: Origin, older: int = system.MOBILE_STEPS) -> int:
 
 
 def _steps_of(meta: Mapping[str, Any], older: int) -> int:
-    """As a run with this meta says; a distillation's config does."""
-    distilled = meta.get("config", {}).get("distill", {})
-    return distilled.get("steps", meta.get("mobile_steps", older))
+    """As a run with this meta says, of one that does not its config where it is a distillation."""
+    if "inside" in meta:
+        older = meta["config"]["distill"]["steps"]
+    return meta.get("mobile_steps", older)
 
 
 def lacks_pane(origin: Origin) -> bool:
