@@ -20,7 +20,7 @@ STEPS, SAVED, LOGGED = 9, 3, 2  # a checkpoint between two logs: it keeps the me
 # Without phase2_edit, which is phase3_joint with its data in another order.
 STAGES = ("autoencoder", "phase1_t2i", "phase3_joint", "distill_dmd2")
 OPTIMISED = "sft"  # as users run it: the others are compiled fast
-SPREAD = "phase3_joint"  # also run on more devices
+SPREAD = "phase3_joint"  # also run by two processes
 AGAIN = "autoencoder"  # also killed when it goes on
 DRAWN = ("autoencoder",)  # the others draw no pictures on the way: less to compile
 
@@ -158,9 +158,9 @@ def test_runs_start_from_runs(undisturbed, cache, tmp_path, capsys, caplog):
         assert not any(jax.tree.leaves(same))
 
 
-def test_2_processes_of_4_devices(undisturbed, cache, tmp_path):
+def test_2_processes(undisturbed, cache, tmp_path):
     given = f"shapes/{SPREAD}", tmp_path / "run", cache, *flags_of(SPREAD), "--config.steps=2"
-    said = training.run_together(*given, processes=2, devices=4)
+    said = training.run_together(*given, processes=2)
     assert "2 processes" in said[0]
     assert "step 2/2" in said[0] and "step 2/2" not in said[1]
     found, expected = (training.result(run)[2] for run in (tmp_path / "run", undisturbed(SPREAD)))
