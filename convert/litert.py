@@ -23,6 +23,7 @@ PRECISIONS = {"fp16": "", "fp32": "precision = 2\n"}
 _LIBRARY_DIR, _STRING = 22, 8  # LiteRtEnvOptionTag, LiteRtAnyType
 _READ, _WRITE = 0, 1  # LiteRtTensorBufferLockMode
 _TIMED_OUT = 7  # LiteRtStatus
+_ERROR = 3  # LiteRtLogSeverity
 _DTYPES = {1: np.float32, 2: np.int32}  # LiteRtElementType
 
 
@@ -199,4 +200,8 @@ def _engine_folder() -> bytes:
 
 
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(os.path.join(os.fsdecode(_engine_folder()), "liblitert-lm.so"))
+    """LiteRT, which from now on tells of errors alone: else dozens of lines for each file."""
+    found = ctypes.CDLL(os.path.join(os.fsdecode(_engine_folder()), "liblitert-lm.so"))
+    found.LiteRtGetDefaultLogger.restype = c_void_p
+    found.LiteRtSetMinLoggerSeverity(c_void_p(found.LiteRtGetDefaultLogger()), _ERROR)
+    return found

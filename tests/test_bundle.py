@@ -189,6 +189,7 @@ def test_golden_on_the_gpu(bundle, gpu):
             break
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("ok ") == 2 * STEPS + 4 and "FAIL" not in done.stdout
+    assert "accelerator_registry" not in done.stderr  # nothing of LiteRT's but errors
 
 
 @pytest.fixture
