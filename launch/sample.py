@@ -180,8 +180,9 @@ def initial_noise(
         noise = np.stack([generation.initial_noise(config, seed, *size) for seed in seeds])
         return noise, [{"seed": seed} for seed in seeds]
     try:
-        noise = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with open(file, "rb") as stream:
+            noise = np.lib.format.read_array(stream)
+    except (OSError, ValueError) as error:
         raise cli.CommandError(f"--noise={file}: not a readable .npy file ({error})") from error
     factor, channels = config.vae.factor, config.vae.latent_channels
     expected = (len(seeds), settings.height // factor, settings.width // factor, channels)

@@ -234,6 +234,7 @@ def _flags(models, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.txt").write_text("\n")
     np.save(tmp_path / "noise.npy", np.zeros((1, 4, 4, 4), np.float32))
+    np.savez(tmp_path / "noise.npz", noise=np.zeros((1, 4, 8, 4), np.float32))
     partless, foreign = (_broken(models, tmp_path, name) for name in ("partless", "foreign"))
     (partless / "vae").unlink()
     (partless / "processor").unlink()
@@ -268,6 +269,7 @@ def _flags(models, tmp_path):
         "long prompt": ([model, f"--prompt={'boat ' * 300}", *SIZE], r"9\d\d tokens, .* 200"),
         "noise": ([model, prompt, *SIZE, f"--noise={tmp_path / 'noise.npy'}"], r"\[1, 4, 8, 4\]"),
         "bad noise": ([model, prompt, f"--noise={tmp_path / 'text.png'}"], "readable .npy"),
+        "many noises": ([model, prompt, f"--noise={tmp_path / 'noise.npz'}"], "readable .npy"),
         "no folder": ([model, prompt, *SIZE, f"--latents={tmp_path}/text.png/a"], "not a folder"),
     }
 
