@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from convert.litert import CompiledModel, StillCompilingError
+from dreamlite_jax.train import signals
 
 INPUTS, OUTPUTS = "inputs.npz", "outputs.npz"
-TRY_AGAIN = 75  # exit code: the accelerator was not ready, what it has compiled is kept
 
 
 def main(
@@ -30,7 +30,7 @@ def main(
         model = CompiledModel(os.path.abspath(file), signature, accelerator, precision)
         outputs = {str(i): next(iter(model(**one).values())) for i, one in inputs.items()}
     except StillCompilingError:
-        os._exit(TRY_AGAIN)
+        os._exit(signals.EXIT_TO_RESUME)  # what is compiled is kept
     np.savez(Path(folder) / OUTPUTS, **outputs)
     os._exit(0)  # the driver's threads may outlive the interpreter, which ends badly
 

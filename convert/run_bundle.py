@@ -155,18 +155,7 @@ def read_noise(bundle: phone.Bundle) -> np.ndarray:
     h, w, c = latent_shape(bundle)
     if NOISE.value is None:
         return np.random.default_rng(SEED.value).standard_normal((1, c, h, w), np.float32)
-    try:
-        with open(NOISE.value, "rb") as stream:
-            noise = np.lib.format.read_array(stream)
-    except (OSError, ValueError) as error:
-        said = f"--noise={NOISE.value}: not a readable .npy file ({error})"
-        raise cli.CommandError(said) from error
-    if noise.shape != (1, h, w, c) or noise.dtype != np.float32:
-        raise cli.CommandError(
-            f"--noise={NOISE.value}: {noise.dtype} {list(noise.shape)}, expected float32 "
-            f"{[1, h, w, c]} (1, height / 8, width / 8, channels)"
-        )
-    return noise.transpose(0, 3, 1, 2)
+    return cli.read_noise(NOISE.value, (1, h, w, c)).transpose(0, 3, 1, 2)
 
 
 def latent_shape(bundle: phone.Bundle) -> tuple[int, int, int]:

@@ -32,6 +32,7 @@ from dreamlite_jax.models.qwen3_vl.text import causal_bias, mrope_angles
 from dreamlite_jax.models.unet import UNet
 from dreamlite_jax.pretrained import Params
 from dreamlite_jax.system import Config
+from dreamlite_jax.train import signals
 
 # dB of `psnr` that an output must reach, by (accelerator, precision). The CPU is always float32.
 # Of files with float32 weights: those reach 127 dB and more on the CPU, random or trained. Weights
@@ -176,7 +177,7 @@ def run(
             done = subprocess.run(
                 command, capture_output=True, text=True, cwd=root, errors="replace"
             )
-            if done.returncode != process.TRY_AGAIN:
+            if done.returncode != signals.EXIT_TO_RESUME:
                 break
         if done.returncode:
             raise VerifyError(f"{file} on the {accelerator} in {precision}: {_reason(done)}")

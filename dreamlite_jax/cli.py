@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from absl import app, flags, logging
 
 from dreamlite_jax.errors import UserError
@@ -55,6 +56,25 @@ def run(main: Callable[[], Any], argv: list[str] | None = None) -> None:
 def warn(message: str) -> None:
     """One line on stderr."""
     print(f"warning: {message}", file=sys.stderr)
+
+
+def read_noise(file: str, shape: tuple[int, int, int, int]) -> np.ndarray:
+    """The initial latents float32 [N, h, w, c] of a command's --noise.
+
+    Raises:
+      CommandError: no readable .npy file, or not of that shape and dtype.
+    """
+    try:
+        with open(file, "rb") as stream:  # np.load would also open a .npz
+            noise = np.lib.format.read_array(stream)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--noise={file}: not a readable .npy file ({error})") from error
+    if noise.shape != shape or noise.dtype != np.float32:
+        raise CommandError(
+            f"--noise={file}: {noise.dtype} {list(noise.shape)}, expected float32 {list(shape)} "
+            "(pictures, height / 8, width / 8, channels)"
+        )
+    return noise
 
 
 def fail(message: str) -> None:

@@ -179,18 +179,9 @@ def initial_noise(
         size = (settings.height, settings.width)
         noise = np.stack([generation.initial_noise(config, seed, *size) for seed in seeds])
         return noise, [{"seed": seed} for seed in seeds]
-    try:
-        with open(file, "rb") as stream:
-            noise = np.lib.format.read_array(stream)
-    except (OSError, ValueError) as error:
-        raise cli.CommandError(f"--noise={file}: not a readable .npy file ({error})") from error
     factor, channels = config.vae.factor, config.vae.latent_channels
-    expected = (len(seeds), settings.height // factor, settings.width // factor, channels)
-    if noise.shape != expected or noise.dtype != np.float32:
-        raise cli.CommandError(
-            f"--noise={file}: {noise.dtype} {list(noise.shape)}, expected float32 {list(expected)} "
-            "(pictures, height / 8, width / 8, channels)"
-        )
+    shape = (len(seeds), settings.height // factor, settings.width // factor, channels)
+    noise = cli.read_noise(file, shape)
     digest = hashlib.sha256(noise.tobytes()).hexdigest()
     drawn = [{"seed": seed} if settings.stochastic else {} for seed in seeds]  # of the steps
     return noise, [{"noise_sha256": digest, "noise_row": i, **d} for i, d in enumerate(drawn)]

@@ -27,6 +27,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "parity")]
 
 # The slowest files, slowest first but for the third: it waits behind the first, which is one test.
+# The last line's but test_dmd2 are the slowest of parity.
 SLOWEST = (
     *("test_demo_e2e", "test_resume", "test_own_photographs", "test_reinforcement"),
     *("test_configs", "test_processes", "test_aot_compile", "test_bundle"),
