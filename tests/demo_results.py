@@ -45,8 +45,11 @@ def make(folder: Path, count: int = 24, side: int = 32) -> Path:
             for split in ("held_out", "iid") if n == count else ("held_out",):
                 if right is not None:
                     write_cell(folder, variant, task, split, n, side, right, rng)
+    clock = 0
     for name, seconds in SECONDS.items():
-        write_json(folder / "done" / f"{name}.json", {"seconds": seconds, "command": []})
+        clock += seconds
+        marker = {"seconds": seconds, "clock": clock, "command": []}
+        write_json(folder / "done" / f"{name}.json", marker)
     for name in report.STAGES:
         write_curves(folder / "runs" / name / "metrics.jsonl", rng)
     for k, bundle in enumerate(summary.BUNDLES):

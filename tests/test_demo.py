@@ -27,6 +27,13 @@ def make_steps(*names):
     return [Step(name, name.title(), lambda name=name: ("command", name), 10.0) for name in names]
 
 
+def until(true, seconds=20):
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert true()
+
+
 class Runner:
     """Stands for processes: exit codes by step in their order, 0 where none is left."""
 
@@ -42,7 +49,10 @@ class Runner:
         code = codes.pop(0) if codes else 0
         if code == "signal":
             os.kill(os.getpid(), signal.SIGINT)
-            assert asked()
+            until(asked)
+            return 75
+        if code == "waits":  # until it is told to leave
+            until(asked)
             return 75
         return code
 
@@ -58,7 +68,7 @@ def test_every_step_is_run_once(tmp_path):
     shown = run(tmp_path, "abc", runner)
     run(tmp_path, "abcd", runner)
     assert runner.ran == list("abcd")
-    assert "step 1 of 3" in shown[0][0] and "A: step 1/4  loss 1  0:00:30 left" in shown[1][1]
+    assert "step 1 of 3" in shown[0][0] and shown[0][1].startswith("A: ")
 
 
 def test_an_interrupted_step_is_run_again_and_its_time_adds_up(tmp_path):
@@ -85,6 +95,55 @@ def test_a_failed_step_ends_all_with_its_last_line(tmp_path):
         run(tmp_path, "abc", runner)
     run(tmp_path, "abc", runner)
     assert runner.ran == list("abbc")
+
+
+def run_beside(folder, runner):
+    """a, then b and the modest m beside c, which needs b alone; d waits for all."""
+    a, b, m, c, d = make_steps(*"abmcd")
+    steps = [a, b, m._replace(needs=("b",), modest=True), c._replace(needs=("b",)), d]
+    driver.run_all(steps, folder, lambda _: None, runner)
+
+
+def test_steps_run_beside_each_other_where_they_may(tmp_path):
+    runner, under_way, most = Runner(), set(), []
+
+    def watched(step, *how):
+        under_way.add(step.name)
+        most.append(set(under_way))
+        if step.name in "mc":
+            until(lambda: {"m", "c"} <= set().union(*most))
+        code = runner(step, *how)
+        under_way.remove(step.name)
+        return code
+
+    run_beside(tmp_path, watched)
+    assert runner.ran[:2] == list("ab") and set(runner.ran[2:4]) == set("mc")
+    assert runner.ran[4:] == ["d"]
+    assert {"m", "c"} in most and all(len(names) <= driver.AT_ONCE for names in most)
+    took = [read_json(tmp_path / "done" / f"{name}.json") for name in "abmcd"]
+    assert took[-1]["clock"] >= max(step["seconds"] for step in took)
+
+
+@pytest.mark.parametrize("code", ["signal", 2])
+def test_all_that_are_under_way_leave_together(code, tmp_path):
+    runner = Runner(c=[code], m=["waits"])
+    expected = driver.Interrupted if code == "signal" else cli.CommandError
+    with pytest.raises(expected, match=None if code == "signal" else "no luck with c"):
+        run_beside(tmp_path, runner)
+    clock = read_json(tmp_path / driver.CLOCK)
+    run_beside(tmp_path, runner)
+    assert sorted(runner.ran) == sorted("abmcmcd")
+    assert read_json(tmp_path / "done" / "d.json")["clock"] > clock
+
+
+def test_an_error_of_the_driver_itself_ends_the_others(tmp_path):
+    def fails():
+        raise OSError("no such file")
+
+    first, second = make_steps("a", "b")
+    steps = [first, second._replace(arguments=fails, needs=())]
+    with pytest.raises(OSError, match="no such file"):
+        driver.run_all(steps, tmp_path, lambda _: None, Runner(a=["waits"]))
 
 
 def test_another_command_in_the_same_folder_is_refused(tmp_path):
@@ -129,7 +188,8 @@ def test_a_killed_driver_leaves_no_process(tmp_path):
     (tmp_path / "slow_program.py").write_text(PROGRAM)
     code = (
         "import pathlib; from launch.demos import driver; "
-        "driver.run_process(None, ['slow_program'], pathlib.Path('log'), lambda: False, print)"
+        "step = driver.Step('a', 'A', None, 0, modest=True); "
+        "driver.run_process(step, ['slow_program'], pathlib.Path('log'), lambda: False, print)"
     )
     env = {**os.environ, "PYTHONPATH": f"{commands.ROOT}:{tmp_path}"}
     started = subprocess.Popen(
@@ -154,21 +214,33 @@ def test_a_killed_driver_leaves_no_process(tmp_path):
 def test_time_left():
     now = [0.0]
     progress = driver.Progress(make_steps("a", "b", "c"), lambda: now[0])
-    progress.begin(progress.steps[0], 0.0)
+    first, second, _ = progress.steps
+    progress.begin(first, 0.0)
     assert progress.left() == 30
     now[0] = 4
-    progress.read("step 50/100  loss 0.1  3 steps/s  0:00:06 left")
-    assert progress.step_left() == 6 and progress.left() == 26
+    progress.read(first, "step 50/100  loss 0.1  3 steps/s  0:00:06 left")
+    assert progress.step_left(first) == 6 and progress.left() == 26
     now[0] = 6
-    assert progress.step_left() == 4
-    progress.end(progress.steps[0], 40.0)
+    assert progress.step_left(first) == 4
+    now[0] = 40
+    progress.end(first)
     assert progress.left() == 20  # one short step says little of the machine's speed
     progress.steps = [step._replace(seconds=100.0) for step in progress.steps]
     assert progress.left() == 80  # 2 x 100 s at 40 s for each 100
-    progress.begin(progress.steps[1], 5.0)
-    progress.read("3/4 sft t2i held_out: 70 % exact")
-    assert progress.step_left() == pytest.approx(10)
-    assert progress.elapsed() == 5
+    assert progress.share() == pytest.approx(1 / 3)
+    progress.begin(second, 5.0)
+    progress.read(second, "3/4 sft t2i held_out: 70 % exact")
+    assert progress.step_left(progress.steps[1]) == pytest.approx(10)
+    assert progress.elapsed(second) == 5
+
+
+def test_time_left_where_steps_are_beside_each_other():
+    a, b, m, c, d = (step._replace(seconds=100.0) for step in make_steps(*"abmcd"))
+    m, c = m._replace(needs=("b",), seconds=30.0, modest=True), c._replace(needs=("b",))
+    progress = driver.Progress([a, b, m, c, d], lambda: 0.0)
+    assert progress.left() == 400  # m in the time of c
+    progress.steps[2] = m._replace(seconds=130.0)
+    assert progress.left() == 430
 
 
 def test_a_display_says_little_where_it_is_not_watched():
@@ -178,11 +250,29 @@ def test_a_display_says_little_where_it_is_not_watched():
     for step in progress.steps:
         progress.begin(step, 0.0)
         for k in range(5):
-            progress.read(f"step {k}/5")
+            progress.read(step, f"step {k}/5")
             display(progress)
-        progress.end(step, 1.0)
+        progress.end(step)
     said = stream.getvalue().splitlines()
     assert len(said) == 2 and "step 1 of 2" in said[0] and "| B: " in said[1].replace("|  ", "| ")
+
+
+def test_a_display_that_is_watched_has_a_line_for_each_step(monkeypatch):
+    stream = io.StringIO()
+    stream.isatty, stream.fileno = lambda: True, lambda: 1
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((40, 24)))
+    display = driver.Display(stream, every=0)
+    progress = driver.Progress(make_steps("a", "b"))
+    for step in progress.steps:
+        progress.begin(step, 0.0)
+        display(progress)
+    progress.end(progress.steps[0])
+    display(progress)
+    drawn = stream.getvalue().split("\x1b[J")[1:]
+    assert [text.count("\n") for text in drawn] == [1, 2, 1]
+    ups = [text.rsplit("\r")[0][-4:] for text in drawn[:2]]
+    assert ups == ["\x1b[1A", "\x1b[2A"]  # over what was drawn before
+    assert all(len(line) < 40 for line in drawn[-1].splitlines())
 
 
 # --- The steps of the demo ------------------------------------------------------------------------
@@ -206,6 +296,15 @@ def test_each_stage_starts_from_the_one_before(quick, tmp_path):
         assert any(flag.endswith(".py:quick") for flag in given) == quick
         (before,) = (flag.split("=")[1] for flag in given if flag.startswith("--workdir="))
     assert names[-1] == "evaluate-bundles" and ("evaluate-sft" in names) != quick
+    # One after the other each, and judging beside training.
+    for chain in (trained, [step for step in steps if step.name.startswith("evaluate")]):
+        for one, next_one in itertools.pairwise(chain):
+            assert next_one.needs is None or one.name in next_one.needs
+    known = set()
+    for step in steps:
+        assert known.issuperset(step.needs or ())
+        known.add(step.name)
+    assert all(step.modest == ("evaluate" in step.name) for step in steps[:-8])
 
 
 def test_every_accuracy_that_is_promised_is_asked_for(tmp_path):
@@ -321,7 +420,7 @@ def test_a_comparison_s_steps_are_no_part_of_a_demo(results, found, tmp_path):
     folder = tmp_path / "full"
     shutil.copytree(results, folder)
     for name in ("cost-sft", "direct1", "evaluate-direct"):
-        write_json(folder / "done" / f"{name}.json", {"seconds": 1e4})
+        write_json(folder / "done" / f"{name}.json", {"seconds": 1e4, "clock": 1e5})
     assert summary.collect(folder, quick=False, seed=0) == found
 
 

@@ -1,13 +1,15 @@
-"""Runs commands one after another, once each, however often it is stopped and started again.
+"""Runs commands once each, however often it is stopped and started again.
 
 A step is a command. When it has ended well, a marker says so; started again, the driver passes over
-steps with a marker and runs the rest. What a stopped command goes on from is its own affair. A
-SIGTERM or Ctrl-C is handed to the command, which saves and leaves with exit code 75.
+steps with a marker and runs the rest: in their order, and where a step need not wait for all before
+it, beside one of these. What a stopped command goes on from is its own affair. A SIGTERM or Ctrl-C
+is handed to the commands, which save and leave with exit code 75.
 """
 
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import os
 import queue
 import re
@@ -16,7 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +29,7 @@ from launch.files import read_json, write_json
 
 TICK = 0.2  # seconds
 ATTEMPTS = 8  # of a step that leaves with 75 although nobody asked it to
+AT_ONCE = 2  # steps
 ROOT = Path(__file__).parent.parent.parent
 # XLA_FLAGS of programs that run for few steps on a CPU: compiled in a third of the time, but not as
 # well. XLA ends a process for a flag that it does not know; jaxlib 0.10.2 knows these.
@@ -42,6 +46,8 @@ class Step(NamedTuple):
     title: str  # for people
     arguments: Callable[[], Sequence[str]]  # behind `python -m`; asked when its turn comes
     seconds: float  # that it takes on two cores, about
+    needs: tuple[str, ...] | None = None  # steps before it that have to be done; None: all
+    modest: bool = False  # takes what processor time others leave
 
 
 class Interrupted(Exception):
@@ -57,10 +63,11 @@ def run_all(
     """Runs the steps that have no marker in `folder` yet.
 
     Args:
-      folder: gets `done/NAME.json` with the seconds that a step took and its command, and
-        `logs/NAME.log` with all it said.
+      folder: gets `done/NAME.json` with a step's command, the seconds that it took and those that
+        all had taken when it ended, and `logs/NAME.log` with all it said.
       show: is told of the progress, several times a second.
-      runner: (step, arguments, log, asked, on_line) -> exit code; None: `run_process`.
+      runner: (step, arguments, log, asked, on_line) -> exit code; None: `run_process`. It is called
+        by threads of its own.
 
     Raises:
       CommandError: a step failed, or a marker is of another command.
@@ -69,43 +76,67 @@ def run_all(
     (folder / "done").mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
     with only_one(folder), signals.asked_to_leave() as asked:
-        progress = Progress(steps)
+        progress = Progress(steps, before=clocked(folder))
         for step in steps:
             if (seconds := finished(step, folder)) is not None:
                 progress.took[step.name] = seconds
-                continue
-            progress.begin(step, spent(step, folder))
-            show(progress)
-            code = attempt(step, folder, asked, progress, show, runner or run_process)
-            took = progress.elapsed()
-            if code and asked():
-                write_json(part(step, folder), took)
-                raise Interrupted
-            if code:
-                raise cli.CommandError(failure(step, folder, code))
-            marker = {"seconds": took, "command": list(step.arguments())}
-            write_json(folder / "done" / f"{step.name}.json", marker)
-            part(step, folder).unlink(missing_ok=True)
-            progress.end(step, took)
-            show(progress)
-            if asked():
-                raise Interrupted
+        failed: list[str] = []
+        running: dict[futures.Future, Step] = {}
+        leaving = lambda: asked() or bool(failed)  # noqa: E731
+        with futures.ThreadPoolExecutor(AT_ONCE) as pool:
+            try:
+                while True:
+                    for step in [] if leaving() else progress.next_ones():
+                        given = list(step.arguments())
+                        progress.begin(step, spent(step, folder))
+                        how = (step, given, folder, leaving, progress, runner or run_process)
+                        running[pool.submit(attempt, *how)] = step
+                    show(progress)
+                    if not running:
+                        break
+                    over, _ = futures.wait(running, TICK, futures.FIRST_COMPLETED)
+                    for future in over:
+                        step = running.pop(future)
+                        if said := close(step, future.result(), folder, progress):
+                            failed.append(said)
+            except BaseException as error:  # the others leave, too: the pool waits for them
+                failed.append(str(error))
+                raise
+        if asked():
+            raise Interrupted
+    if failed:
+        raise cli.CommandError(failed[0])
 
 
-def attempt(step, folder, asked, progress, show, runner) -> int:
+def attempt(step, arguments, folder, leaving, progress, runner) -> int:
     """Runs a step; one that says "try again later" of its own is tried again."""
-
-    def on_line(line: str) -> None:
-        progress.read(line)
-        show(progress)
-
+    log = folder / "logs" / f"{step.name}.log"
     for _ in range(ATTEMPTS):
-        code = runner(
-            step, list(step.arguments()), folder / "logs" / f"{step.name}.log", asked, on_line
-        )
-        if code != signals.EXIT_TO_RESUME or asked():
+        code = runner(step, arguments, log, leaving, lambda line: progress.read(step, line))
+        if code != signals.EXIT_TO_RESUME or leaving():
             break
     return code
+
+
+def close(step: Step, code: int, folder: Path, progress: "Progress") -> str:
+    """Notes that a step is done, or how long it was under way; returns what is wrong with it."""
+    took, clock = progress.end(step, not code), progress.spent()
+    write_json(folder / CLOCK, clock)
+    if code:
+        write_json(part(step, folder), took)
+        return failure(step, folder, code)
+    marker = {"seconds": took, "clock": clock, "command": list(step.arguments())}
+    write_json(folder / "done" / f"{step.name}.json", marker)
+    part(step, folder).unlink(missing_ok=True)
+    return ""
+
+
+def ready(steps: Sequence[Step], begun: Collection[str], done: Collection[str]) -> Iterator[Step]:
+    """The steps that have not begun and whose needs are done, in their order."""
+    for k, step in enumerate(steps):
+        needs = [one.name for one in steps[:k]] if step.needs is None else step.needs
+        if step.name not in begun and all(name in done for name in needs):
+            yield step
 
 
 def finished(step: Step, folder: Path) -> float | None:
@@ -114,7 +145,7 @@ def finished(step: Step, folder: Path) -> float | None:
     if not marker.is_file():
         return None
     found = read_json(marker)
-    if found["command"] != list(step.arguments()):
+    if found["command"] != list(step.arguments()) or "clock" not in found:
         raise cli.CommandError(
             f"{marker} is of another command than this demo's: it was begun with other flags or by "
             f"another version; name another --out, or remove {folder}"
@@ -129,6 +160,16 @@ def part(step: Step, folder: Path) -> Path:
 
 def spent(step: Step, folder: Path) -> float:
     file = part(step, folder)
+    return read_json(file) if file.is_file() else 0.0
+
+
+CLOCK = "clock.json"
+
+
+def clocked(folder: Path) -> float:
+    """Seconds that all steps in a folder had taken when the last of them ended or was stopped; what
+    two take beside each other counts once."""
+    file = folder / CLOCK
     return read_json(file) if file.is_file() else 0.0
 
 
@@ -166,6 +207,8 @@ def run_process(
             start_new_session=True,
             preexec_fn=die_with_parent if LIBC is not None else None,
         )
+        if step.modest:
+            os.setpriority(os.PRIO_PROCESS, process.pid, 19)
         said: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=listen, args=(process, said), daemon=True).start()
         told = False
@@ -221,87 +264,129 @@ _COUNTED = re.compile(r"^(?:step )?(\d+)/(\d+)\b")
 _LEFT = re.compile(r"\b(\d+):(\d\d):(\d\d) left")
 
 
+class Running:
+    """A step that is under way: since when, and what it says of its progress."""
+
+    def __init__(self, begun: float, before: float):
+        self.begun, self.before = begun, before  # seconds; of earlier attempts
+        self.line, self.share, self.left = "", 0.0, None
+
+
 class Progress:
-    """How far all steps and the present one are, and how long the rest will take.
+    """How far all steps and those under way are, and how long the rest will take.
 
     Steps to come are expected to take their usual time, times what the finished ones took of
-    theirs.
+    theirs, and to begin as `run_all` begins them.
     """
 
-    def __init__(self, steps: Sequence[Step], clock: Callable[[], float] = time.monotonic):
-        self.steps, self.took, self.clock = list(steps), {}, clock
-        self.now: Step | None = None
-        self.line, self._share, self._left, self._begun, self._before = "", 0.0, None, 0.0, 0.0
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        clock: Callable[[], float] = time.monotonic,
+        before: float = 0.0,
+    ):
+        """before: seconds that the steps have taken already."""
+        self.steps, self.clock = list(steps), clock
+        self.took: dict[str, float] = {}
+        self.running: dict[str, Running] = {}
+        self._begun = clock() - before
+
+    def next_ones(self) -> list[Step]:
+        """Those that can begin now."""
+        waiting = ready(self.steps, {*self.took, *self.running}, self.took)
+        return list(itertools.islice(waiting, AT_ONCE - len(self.running)))
 
     def begin(self, step: Step, before: float) -> None:
-        self.now, self.line, self._share, self._left = step, "", 0.0, None
-        self._begun, self._before = self.clock(), before
+        self.running[step.name] = Running(self.clock(), before)
 
-    def end(self, step: Step, seconds: float) -> None:
-        self.took[step.name], self.now = seconds, None
+    def end(self, step: Step, done: bool = True) -> float:
+        """Returns the seconds that it took, over all attempts."""
+        seconds = self.elapsed(step)
+        del self.running[step.name]
+        if done:
+            self.took[step.name] = seconds
+        return seconds
 
-    def elapsed(self) -> float:
-        """Seconds that the present step has taken, over all attempts."""
-        return self._before + self.clock() - self._begun
+    def now(self) -> list[Step]:
+        """The steps that are under way, in their order."""
+        return [step for step in self.steps if step.name in self.running]
 
-    def read(self, line: str) -> None:
-        """Takes what a line of the present step says of its progress."""
+    def spent(self) -> float:
+        """Seconds that all has taken."""
+        return self.clock() - self._begun
+
+    def elapsed(self, step: Step) -> float:
+        """Seconds that a step under way has taken, over all attempts."""
+        running = self.running[step.name]
+        return running.before + self.clock() - running.begun
+
+    def read(self, step: Step, line: str) -> None:
+        """Takes what a line of a step says of its progress."""
+        running = self.running[step.name]
         if not (counted := _COUNTED.match(line)):
             return
         done, of = map(int, counted.groups())
-        self.line, self._share = line.strip(), done / max(of, 1)
-        self._left = None
+        running.line, running.share, running.left = line.strip(), done / max(of, 1), None
         if left := _LEFT.search(line):
             hours, minutes, seconds = map(int, left.groups())
-            self._left = (self.clock(), 3600 * hours + 60 * minutes + seconds)
+            running.left = (self.clock(), 3600 * hours + 60 * minutes + seconds)
 
     def pace(self) -> float:
         """Seconds that steps take for each that was expected."""
-        done = [step for step in self.steps if step.name in self.took]
+        done = [step for step in self.steps if step.name in self.took and not step.modest]
         expected = sum(step.seconds for step in done)
         return sum(self.took[step.name] for step in done) / expected if expected > 30 else 1.0
 
-    def step_left(self) -> float:
-        """Seconds that the present step has left."""
-        if self.now is None:
-            return 0.0
-        if self._left is not None:
-            at, seconds = self._left
+    def step_left(self, step: Step) -> float:
+        """Seconds that a step under way has left."""
+        running = self.running[step.name]
+        if running.left is not None:
+            at, seconds = running.left
             return max(0.0, seconds - (self.clock() - at))
         return max(
             0.0,
-            self.now.seconds * self.pace() * (1 - self._share)
-            - (0 if self._share else self.elapsed()),
+            step.seconds * self.pace() * (1 - running.share)
+            - (0 if running.share else self.elapsed(step)),
         )
 
     def left(self) -> float:
         """Seconds that all has left."""
-        waiting = [s for s in self.steps if s.name not in self.took and s is not self.now]
-        return self.step_left() + self.pace() * sum(step.seconds for step in waiting)
+        pace, now = self.pace(), 0.0
+        ends = {step.name: self.step_left(step) for step in self.now()}
+        done = set(self.took)
+        while True:
+            for step in ready(self.steps, done | ends.keys(), done):
+                if len(ends) < AT_ONCE:
+                    ends[step.name] = now + pace * step.seconds
+            if not ends:
+                return now
+            first = min(ends, key=ends.get)
+            now = ends.pop(first)
+            done.add(first)
 
     def share(self) -> float:
         """How much of all is done, in [0, 1], by time."""
-        spent = sum(self.took.values()) + (self.elapsed() if self.now else 0.0)
+        spent = self.spent()
         return spent / max(spent + self.left(), 1e-9)
 
 
-def lines(progress: Progress) -> tuple[str, str]:
-    """A line on the whole and one on the present step."""
-    number = len(progress.took) + (progress.now is not None)
+def lines(progress: Progress) -> list[str]:
+    """A line on the whole and one on each step that is under way."""
     share = progress.share()
     bar = "#" * round(24 * share)
-    whole = (
+    number = len(progress.took) + len(progress.running)
+    found = [
         f"[{bar:<24}] {100 * share:3.0f} %  step {number} of {len(progress.steps)}  "
         f"{clock(progress.left())} left in all"
-    )
-    if progress.now is None:
-        return whole, ""
-    said = progress.line or "begins"
-    if "left" not in said and (left := progress.step_left()):
-        said += f"  about {clock(left)} left"
-    elif "left" not in said:
-        said += f"  {clock(progress.elapsed())} so far"
-    return whole, f"{progress.now.title}: {said}"
+    ]
+    for step in progress.now():
+        said = progress.running[step.name].line or "begins"
+        if "left" not in said and (left := progress.step_left(step)):
+            said += f"  about {clock(left)} left"
+        elif "left" not in said:
+            said += f"  {clock(progress.elapsed(step))} so far"
+        found.append(f"{step.title}: {said}")
+    return found
 
 
 def clock(seconds: float) -> str:
@@ -310,30 +395,31 @@ def clock(seconds: float) -> str:
 
 
 class Display:
-    """Two lines that change where stderr is a terminal; elsewhere a line now and then."""
+    """Lines that change where stderr is a terminal; elsewhere one now and then."""
 
     def __init__(self, stream=None, every: float | None = None):
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.every = every if every is not None else (0.1 if self.live else 15.0)
-        self._last, self._step, self._drawn = -1e9, None, False
+        self._last, self._steps, self._drawn = -1e9, None, 0
 
     def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self._last < self.every and progress.now is self._step:
+        now, steps = time.monotonic(), list(progress.running)
+        if now - self._last < self.every and steps == self._steps:
             return
-        self._last, self._step = now, progress.now
-        whole, step = lines(progress)
+        self._last, self._steps = now, steps
+        said = lines(progress)
         if not self.live:
-            print(f"{whole}  |  {step}" if step else whole, file=self.stream, flush=True)
+            print("  |  ".join(said), file=self.stream, flush=True)
             return
         width = os.get_terminal_size(self.stream.fileno()).columns - 1
-        up = "\x1b[1A\r" if self._drawn else "\r"
-        self.stream.write(f"{up}\x1b[2K{whole[:width]}\n\x1b[2K{step[:width]}")
+        up = f"\x1b[{self._drawn - 1}A" if self._drawn > 1 else ""
+        # What is below the cursor is cleared: there may have been more lines before.
+        self.stream.write(f"{up}\r\x1b[J" + "\n".join(line[:width] for line in said))
         self.stream.flush()
-        self._drawn = True
+        self._drawn = len(said)
 
     def close(self) -> None:
         if self._drawn:
             self.stream.write("\n")
-            self._drawn = False
+            self._drawn = 0

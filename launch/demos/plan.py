@@ -162,19 +162,24 @@ def steps(plan: Plan) -> list[Step]:
     """All steps of a demo in their order."""
     found, before, pending = [], None, []
     # The variants of a quick demo are evaluated together: most of their time is compilation.
+    # Others' beside the next stage's training, which leaves a core half idle.
     for stage in STAGES:
         found.append(train(plan, stage, before))
         variants = [{**v, "model": str(plan.run(stage))} for v in stage.variants]
         if plan.quick:  # in one number of steps, which is one program for each task
             pending += [v | FEW if v["guidance"] == 1.0 else v for v in variants]
         elif variants:
-            found.append(evaluate(plan, stage.config, f"Judging: {stage.title}", variants, 30))
+            judged = evaluate(plan, stage.config, f"Judging: {stage.title}", variants, 30)
+            earlier = tuple(s.name for s in found if s.modest)
+            needs = (stage.config, *earlier)  # one after the other: they share a folder
+            found.append(judged._replace(needs=needs, modest=True))
         before = stage
         if plan.share and stage.config == PRETRAINING[-1]:
             return found
     exported = plan.folder / "model"
     flags = (f"--workdir={plan.run(before)}", f"--out={exported}", "--overwrite")
-    found.append(Step("export", "Export", lambda: ("convert.export", *flags), plan.time(5)))
+    export = lambda: ("convert.export", *flags)  # noqa: E731
+    found.append(Step("export", "Export", export, plan.time(5), needs=(before.config,)))
     pending.append({**DISTILLED, "model": str(exported)})
     found.append(
         evaluate(
@@ -198,7 +203,8 @@ def train(plan: Plan, stage: Stage, before: Stage | None) -> Step:
         short = config_of(plan, stage.config)
         flags += [f"--config.steps={short.steps}", f"--config.optim.warmup={short.optim.warmup}"]
         seconds *= plan.share
-    return Step(stage.config, stage.title, lambda: ("launch.train", *flags), seconds)
+    needs = (before.config,) if before else ()
+    return Step(stage.config, stage.title, lambda: ("launch.train", *flags), seconds, needs)
 
 
 def config_of(plan: Plan, name: str) -> Any:
@@ -256,6 +262,7 @@ def bundling(plan: Plan, model: Path) -> list[Step]:
                 f"Bundle, {kind} weights",
                 bundle_flags(plan, model, kind),
                 plan.time(60),
+                needs=("evaluate-distilled",),
             ),
             *(
                 Step(
@@ -263,6 +270,7 @@ def bundling(plan: Plan, model: Path) -> list[Step]:
                     f"Pictures by the {kind} bundle, {task}",
                     draw_flags(plan, bundle, task, drawn),
                     plan.time(37),
+                    needs=(f"bundle-{kind}",),
                 )
                 for task in summary.TASKS
             ),
