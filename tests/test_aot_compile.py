@@ -153,6 +153,13 @@ def test_the_fake_scores_update_and_the_students_arithmetic(distilled, tmp_path)
     assert fake["flops"] / fake["model_flops"] == pytest.approx(4 / 3, rel=0.1)
 
 
+def test_a_students_update_in_parts_that_save_their_products(distilled, tmp_path):
+    file = tmp_path / "student.json"
+    given = distilled, "--topology=v5e:2x2", f"--json={file}", "--update=student"
+    assert compile_for(*given, "--config.accumulation=2", "--config.remat=products") == 0
+    assert json.loads(file.read_text())["looped"]
+
+
 @pytest.fixture(scope="module")
 def reinforced(tmp_path_factory):
     file = tmp_path_factory.mktemp("config") / "reinforced.py"

@@ -1,5 +1,6 @@
 """The primitives against float64 formulas; the convolutions' lowerings against lax's."""
 
+import functools
 import re
 
 import jax
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from dreamlite_jax.models import depthwise, primitives
-from dreamlite_jax.models.layers import add_bias
+from dreamlite_jax.models.blocks import REMAT_POLICIES
 from dreamlite_jax.models.primitives import PLAIN
 
 
@@ -71,7 +73,7 @@ def test_scores_of_bfloat16_are_float32():
 def test_a_long_bfloat16_sum_keeps_growing():
     """The gradient by a bias: 32,768 pixels, far past where bfloat16 stops counting."""
     g = jnp.full((32768, 8), 0.3, jnp.bfloat16)
-    _, vjp = jax.vjp(lambda bias: add_bias(jnp.zeros_like(g), bias), jnp.zeros(8))
+    _, vjp = jax.vjp(lambda bias: primitives.add_bias(jnp.zeros_like(g), bias), jnp.zeros(8))
     np.testing.assert_allclose(vjp(g)[0], 32768 * float(jnp.bfloat16(0.3)), rtol=1e-4)
 
 
@@ -241,3 +243,29 @@ class TestDepthwise:
         traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(self.x, self.kernel)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("stablehlo.convolution" in text) == grouped
+
+
+@pytest.mark.parametrize("named_itself", [False, True])
+def test_a_product_is_saved_as_it_is(named_itself):
+    """For the gradient of what is made of it, it is neither made again nor rounded."""
+    policy = REMAT_POLICIES["products"]
+
+    def plain(x, kernel):
+        return (jnp.sin(x) @ kernel).sum()
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def ours(x, kernel):
+        if named_itself:  # what there is to avoid
+            return (checkpoint_name(jnp.sin(x), primitives.PRODUCT) @ kernel).sum()
+        return primitives.of_product(jnp.dot, jnp.sin(x), kernel).sum()
+
+    rng = np.random.default_rng(0)
+    given = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 4), (4, 5))]
+    gradient = jax.grad(ours, argnums=(0, 1))
+    for found, expected in zip(
+        gradient(*given), jax.grad(plain, argnums=(0, 1))(*given), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    text = str(jax.make_jaxpr(gradient)(*given))
+    assert len(re.findall(r"= sin ", text)) == 1
+    assert ("reduce_precision" in text) == named_itself

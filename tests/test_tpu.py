@@ -94,14 +94,35 @@ def test_blocks_of_queries_are_whole_tiles(s):
 def test_norm_silu_depthwise(shape, groups, pixels, monkeypatch):
     monkeypatch.setattr(fused_depthwise, "PIXELS", pixels)
     c = shape[-1]
-    given = normal(0, shape, (c,), (c,), (3, 3, 1, c))
+    x, shift, *rest = normal(0, shape, (shape[0], c), (c,), (c,), (3, 3, 1, c))
     how = {"groups": groups, "eps": 1e-5}
 
-    def plain(x, scale, bias, kernel):
-        normed = primitives.group_norm(x, scale, bias, **how)
+    def plain(x, shift, scale, bias, kernel):
+        normed = primitives.group_norm(x + shift[:, None, None], scale, bias, **how)
         return primitives.depthwise_conv(primitives.silu(normed), kernel)
 
-    assert_same(plain, functools.partial(tpu.norm_silu_depthwise, **how), *given)
+    ours = functools.partial(tpu.norm_silu_depthwise, **how)
+    assert_same(plain, ours, x, shift, *rest)
+    unmoved = functools.partial(plain, shift=jnp.zeros_like(shift))
+    assert_same(
+        lambda x, *rest: unmoved(x, scale=rest[0], bias=rest[1], kernel=rest[2]),
+        lambda x, *rest: ours(x, None, *rest),
+        x,
+        *rest,
+    )
+
+
+def test_moments_of_what_is_shifted_in_one_pass():
+    """In bfloat16, beside the moments of the sum in float64."""
+    x, shift = normal(0, (2, 8, 8, 32), (2, 32))
+    x, shift = (x + 3).astype(jnp.bfloat16), 4 * shift
+    moved = (np.float64(x) + np.float64(shift)[:, None, None]).reshape(2, 64, 8, 4)
+    for found, expected in zip(
+        fused_depthwise.group_moments(x, 8, shift),
+        (moved.mean((1, 3)), moved.var((1, 3))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, np.repeat(expected, 4, axis=1), rtol=1e-5)
 
 
 def test_geglu():
@@ -137,8 +158,10 @@ def test_shapes_that_the_kernels_do_not_take():
     expected = primitives.depthwise_conv(
         primitives.silu(primitives.group_norm(x, c, c, groups=2, eps=1e-5)), kernel
     )
-    found = tpu.norm_silu_depthwise(x, c, c, kernel, groups=2, eps=1e-5)
+    found = tpu.norm_silu_depthwise(x, None, c, c, kernel, groups=2, eps=1e-5)
     np.testing.assert_array_equal(found, expected)
+    found = tpu.norm_silu_depthwise(x - 1, jnp.ones((1, 8)), c, c, kernel, groups=2, eps=1e-5)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_network_is_the_same_on_both():

@@ -202,7 +202,8 @@ def test_several_primitives_at_once(plain):
     def normed_attention(q, k, v, bias, scale, *, eps):
         return PLAIN.attention(PLAIN.rms_norm(q, scale, eps=eps), k, v, bias)
 
-    def norm_silu_depthwise(x, scale, bias, kernel, **how):
+    def norm_silu_depthwise(x, shift, scale, bias, kernel, **how):
+        x = x if shift is None else x + shift[:, None, None]
         return PLAIN.depthwise_conv(PLAIN.silu(PLAIN.group_norm(x, scale, bias, **how)), kernel)
 
     def geglu(x, kernel, bias):

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from dreamlite_jax.models.layers import (
     Conv,
@@ -27,9 +26,8 @@ from dreamlite_jax.models.layers import (
     Linear,
     NormWeights,
     RMSNorm,
-    add_bias,
 )
-from dreamlite_jax.models.primitives import PLAIN, PRODUCT, Primitives
+from dreamlite_jax.models.primitives import PLAIN, PRODUCT, Primitives, add_bias, of_product
 
 Dtype = Any
 
@@ -108,23 +106,24 @@ class ResnetBlock(nn.Module):
     def __call__(self, x: Array, temb: Array) -> Array:
         """x [B, H, W, I], temb [B, E] -> [B, H, W, features]."""
 
-        def activated_conv(h, features, norm, name):
-            """The convolution `name` of silu(norm(h))."""
+        def activated_conv(h, shift, features, norm, name):
+            """The convolution `name` of silu(norm(h + shift)), shift [B, I] or None."""
             if self.separable:
                 conv = SeparableConv(features, self.dtype, self.ops, name=name)
             else:
                 conv = Conv(features, 3, 1, True, self.dtype, self.ops, name=name)
             if not self.separable or self.ops.norm_silu_depthwise is None:
+                h = h if shift is None else add_bias(h, shift[:, None, None, :])
                 return conv(self.ops.silu(GroupNorm(self.groups, self.eps, self.ops, name=norm)(h)))
             weights = NormWeights(h.shape[-1], name=norm)()
             how = {"groups": self.groups, "eps": self.eps}
-            return conv(h, lambda h, k: self.ops.norm_silu_depthwise(h, *weights, k, **how))
+            return conv(h, lambda h, k: self.ops.norm_silu_depthwise(h, shift, *weights, k, **how))
 
         inner = 2 * self.features if self.separable else self.features
-        h = activated_conv(x, inner, "norm1", "conv1")
-        temb = self.ops.silu(temb)[:, None, None, :]
+        h = activated_conv(x, None, inner, "norm1", "conv1")
+        temb = self.ops.silu(temb)
         temb = Linear(inner, True, self.dtype, self.ops, name="time_emb_proj")(temb)
-        h = activated_conv(add_bias(h, temb), self.features, "norm2", "conv2")
+        h = activated_conv(h, temb, self.features, "norm2", "conv2")
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, 1, True, self.dtype, self.ops, name="conv_shortcut")(x)
         return x + h
@@ -163,8 +162,12 @@ class Attention(nn.Module):
         else:
             q = RMSNorm(QK_NORM_EPS, self.ops, name="norm_q")(q) if self.qk_norm else q
             y = self.ops.attention(q, k, v, bias)
-        y = checkpoint_name(y, PRODUCT).reshape(b, h, w, c)
-        return Linear(c, True, self.dtype, self.ops, name="to_out_0")(y)
+
+        def project_back(y, kernel, bias):
+            return add_bias(of_product(self.ops.linear, y, kernel), bias)
+
+        out = Linear(c, True, self.dtype, self.ops, name="to_out_0")
+        return out(y.reshape(b, h, w, c), project_back)
 
 
 class GEGLU(nn.Module):

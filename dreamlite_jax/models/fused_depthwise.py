@@ -15,8 +15,11 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from dreamlite_jax.models.primitives import PRODUCT
 
 LANES = 128
 PIXELS = 8192  # of a block
@@ -25,30 +28,50 @@ _VMEM = 60 * 2**20  # v5p has 64 MiB, v5e and v6e 128
 
 
 def norm_silu_depthwise(
-    x: Array, scale: Array, bias: Array, kernel: Array, *, groups: int, eps: float
+    x: Array,
+    shift: Array | None,
+    scale: Array,
+    bias: Array,
+    kernel: Array,
+    *,
+    groups: int,
+    eps: float,
 ) -> Array:
-    """depthwise_conv(silu(group_norm(x))) of x [B, H, W, C]; scale and bias [C], kernel [3, 3, 1,
-    C]."""
-    mean, variance = group_moments(x, groups)
+    """depthwise_conv(silu(group_norm(x + shift))) of x [B, H, W, C].
+
+    shift [B, C] or None, scale and bias [C], kernel [3, 3, 1, C].
+    """
+    shift = None if shift is None else shift.astype(jnp.float32)
+    mean, variance = group_moments(x, groups, shift)
     factor = lax.rsqrt(variance + eps) * scale
+    mean = mean if shift is None else mean - shift
     affine = jnp.stack([mean, factor, jnp.broadcast_to(bias, factor.shape)], axis=1)
     return _convolve(x, affine, kernel.reshape(9, -1).astype(jnp.float32))
 
 
-def group_moments(x: Array, groups: int) -> tuple[Array, Array]:
-    """Mean and variance of x [B, H, W, C] over H, W and C/groups: [B, C] float32, every channel
-    holding its group's."""
+def group_moments(x: Array, groups: int, shift: Array | None = None) -> tuple[Array, Array]:
+    """Mean and variance of x + shift over H, W and C/groups, x [B, H, W, C] and shift float32 [B,
+    C]: [B, C] float32, every channel holding its group's.
+
+    No sum goes over x + shift, nor is shift's gradient one over pixels.
+    """
     b, c = x.shape[0], x.shape[-1]
-
-    def group_mean(v: Array) -> Array:
-        per_group = jnp.mean(v, axis=(1, 2)).reshape(b, groups, c // groups).mean(-1)
-        return jnp.repeat(per_group, c // groups, axis=1)
-
+    shift = jnp.zeros((b, c)) if shift is None else shift
     x32 = x.astype(jnp.float32)
-    mean = group_mean(x32)
+
+    def channel_mean(v: Array) -> Array:
+        return checkpoint_name(jnp.mean(v, axis=(1, 2)), PRODUCT)
+
+    def group_mean(v: Array) -> Array:  # [B, C] -> the same
+        return jnp.repeat(v.reshape(b, groups, c // groups).mean(-1), c // groups, axis=1)
+
+    own = channel_mean(x32)
+    mean = group_mean(own + shift)
     if x.dtype == jnp.bfloat16:
-        return mean, one_pass_variance(group_mean(jnp.square(x32)), mean)
-    return mean, group_mean(jnp.square(x32 - mean[:, None, None, :]))
+        square = channel_mean(jnp.square(x32)) + shift * (2 * own + shift)
+        return mean, one_pass_variance(group_mean(square), mean)
+    centred = x32 - (mean - shift)[:, None, None, :]
+    return mean, group_mean(channel_mean(jnp.square(centred)))
 
 
 def one_pass_variance(mean_square: Array, mean: Array) -> Array:

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from dreamlite_jax.models.primitives import PLAIN, Primitives
+from dreamlite_jax.models.primitives import PLAIN, Primitives, add_bias
 
 Dtype = Any
 
@@ -21,15 +21,6 @@ Dtype = Any
 # alike; keeping that law keeps the scale of activations that DreamLite's depth and norms were
 # designed with.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def add_bias(y: Array, bias: Array) -> Array:
-    """y [..., C] + bias, added in float32 and returned in y's dtype.
-
-    The gradient by the bias is a sum over every pixel of a batch; in bfloat16 such a sum stops
-    growing after a few hundred terms.
-    """
-    return (y + bias.astype(jnp.float32)).astype(y.dtype)
 
 
 class Linear(nn.Module):

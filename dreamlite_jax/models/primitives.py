@@ -135,6 +135,36 @@ def linear(x: Array, kernel: Array) -> Array:
     return checkpoint_name(y.reshape(*x.shape[:-1], kernel.shape[-1]), PRODUCT)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def of_product(linear: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:
+    """linear(x, kernel), for whose gradient x is saved where products are.
+
+    What is both used and saved is rounded to its own dtype first, which on a TPU is an operation,
+    and of what a kernel of ours wrote a copy. So x is used here, and a name for it saved.
+    """
+    return linear(x, kernel)
+
+
+def _of_product_fwd(linear, x, kernel):
+    return linear(x, kernel), (checkpoint_name(x, PRODUCT), kernel)
+
+
+def _of_product_bwd(linear, saved, dy):
+    return jax.vjp(linear, *saved)[1](dy)
+
+
+of_product.defvjp(_of_product_fwd, _of_product_bwd)
+
+
+def add_bias(y: Array, bias: Array) -> Array:
+    """y [..., C] + bias, added in float32 and returned in y's dtype.
+
+    The gradient by the bias is a sum over every pixel of a batch; in bfloat16 such a sum stops
+    growing after a few hundred terms.
+    """
+    return (y + bias.astype(jnp.float32)).astype(y.dtype)
+
+
 class Primitives(NamedTuple):
     """One form of every operation above; `PLAIN._replace(gelu=...)` makes another target's set."""
 
@@ -151,7 +181,8 @@ class Primitives(NamedTuple):
     # Several at once, where a target has them so; None: one after the other.
     # (q, k, v, bias, scale, *, eps): `attention` of RMS-normalised queries.
     normed_attention: Callable[..., Array] | None = None
-    # (x, scale, bias, kernel, *, groups, eps): `group_norm`, `silu`, `depthwise_conv`.
+    # (x, shift, scale, bias, kernel, *, groups, eps): `group_norm`, `silu`, `depthwise_conv` of x,
+    # to which shift [B, C] is added first where it is not None.
     norm_silu_depthwise: Callable[..., Array] | None = None
     # (x, kernel, bias): `linear`, whose second half of channels gates the first by `gelu`.
     geglu: Callable[[Array, Array, Array], Array] | None = None

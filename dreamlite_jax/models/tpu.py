@@ -26,13 +26,22 @@ def normed_attention(
 
 
 def norm_silu_depthwise(
-    x: Array, scale: Array, bias: Array, kernel: Array, *, groups: int, eps: float
+    x: Array,
+    shift: Array | None,
+    scale: Array,
+    bias: Array,
+    kernel: Array,
+    *,
+    groups: int,
+    eps: float,
 ) -> Array:
     """See `Primitives.norm_silu_depthwise`; odd widths take the plain way."""
+    how = {"groups": groups, "eps": eps}
     if x.shape[2] % SUBLANES:
-        h = primitives.group_norm(x, scale, bias, groups=groups, eps=eps)
+        x = x if shift is None else primitives.add_bias(x, shift[:, None, None, :])
+        h = primitives.group_norm(x, scale, bias, **how)
         return primitives.depthwise_conv(primitives.silu(h), kernel.astype(x.dtype))
-    return fused_depthwise.norm_silu_depthwise(x, scale, bias, kernel, groups=groups, eps=eps)
+    return fused_depthwise.norm_silu_depthwise(x, shift, scale, bias, kernel, **how)
 
 
 def group_norm(x: Array, scale: Array, bias: Array, *, groups: int, eps: float) -> Array:
@@ -44,12 +53,12 @@ def group_norm(x: Array, scale: Array, bias: Array, *, groups: int, eps: float) 
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float) -> Array:
-    """`primitives.layer_norm`, in bfloat16 by one pass."""
+    """`primitives.layer_norm`, in bfloat16 by one pass; what it sums is a product, being small."""
     if x.dtype != jnp.bfloat16:
         return primitives.layer_norm(x, scale, bias, eps=eps)
     x32 = x.astype(jnp.float32)
-    mean = jnp.mean(x32, -1, keepdims=True)
-    square = jnp.mean(jnp.square(x32), -1, keepdims=True)
+    means = (jnp.mean(v, -1) for v in (x32, jnp.square(x32)))
+    mean, square = (checkpoint_name(v, PRODUCT)[..., None] for v in means)
     inverse = lax.rsqrt(fused_depthwise.one_pass_variance(square, mean) + eps)
     return ((x32 - mean) * inverse * scale + bias).astype(x.dtype)
 

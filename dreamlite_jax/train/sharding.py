@@ -215,6 +215,6 @@ def pinned(mesh: Mesh) -> Primitives:
     of_kernels = ("linear", "conv", "depthwise_conv", "geglu", "upsample_conv")
     return ops._replace(
         normed_attention=by_device(ops.normed_attention, 4),
-        norm_silu_depthwise=by_device(ops.norm_silu_depthwise, 1),
+        norm_silu_depthwise=by_device(ops.norm_silu_depthwise, 2),
         **{name: pin(getattr(ops, name)) for name in of_kernels},
     )
