@@ -80,9 +80,9 @@ def geglu(x: Array, kernel: Array, bias: Array) -> Array:
 def upsample_conv(x: Array, kernel: Array) -> Array:
     """See `Primitives.upsample_conv`; x [B, H, W, I], kernel [3, 3, I, O] -> [B, 2H, 2W, O].
 
-    A pixel that is repeated 2x2 times meets sums of neighbouring taps. So it is a 4x4 kernel of such
-    sums over pixels with zeros between them, of which a window has 2x2: 16 multiplications in place
-    of 36, as the compiler skips the zeros.
+    A pixel that is repeated 2x2 times meets sums of neighbouring taps. So it is a 4x4 kernel of
+    such sums over pixels with zeros between them, of which a window has 2x2: 16 multiplications in
+    place of 36, as the compiler skips the zeros.
     """
     taps = jnp.pad(kernel.astype(jnp.float32), ((1, 1), (1, 1), (0, 0), (0, 0)))
     for axis in range(2):
