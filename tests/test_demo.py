@@ -183,6 +183,17 @@ def test_processes_are_told_and_waited_for(tmp_path, monkeypatch):
     assert code == 75 and (tmp_path / "log").read_text().endswith("saved\n")
 
 
+def test_a_modest_process_leaves_time_to_others(tmp_path, monkeypatch):
+    (tmp_path / "says.py").write_text("import os; print(os.getpriority(os.PRIO_PROCESS, 0))")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said = {}
+    for modest in (False, True):
+        step, lines = make_steps("a")[0]._replace(modest=modest), []
+        assert not driver.run_process(step, ["says"], tmp_path / "log", lambda: False, lines.append)
+        said[modest] = int("".join(lines))
+    assert said[True] == 19 and said[False] < 19
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
 def test_a_killed_driver_leaves_no_process(tmp_path):
     (tmp_path / "slow_program.py").write_text(PROGRAM)

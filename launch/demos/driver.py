@@ -208,7 +208,7 @@ def run_process(
             preexec_fn=die_with_parent if LIBC is not None else None,
         )
         if step.modest:
-            os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+            leave_to_others(process.pid)
         said: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=listen, args=(process, said), daemon=True).start()
         told = False
@@ -230,6 +230,14 @@ def run_process(
         finally:
             process.kill()
             process.wait()
+
+
+def leave_to_others(pid: int) -> None:
+    """Lets a process have what processor time others do not want."""
+    os.setpriority(os.PRIO_PROCESS, pid, 19)
+    # Linux may share time among sessions first, of which the process has its own.
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text("19", "ascii")
 
 
 def listen(process: subprocess.Popen, said: queue.Queue) -> None:
