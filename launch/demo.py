@@ -4,13 +4,13 @@
     python -m launch.demo --seeds=3 --compare=direct_joint [--pretraining=0.25] --out=runs/order
 
 Autoencoder, text to image, editing, both, fine-tuning, reinforcement learning and distillation,
-each by `launch.train` with the configs of configs/shapes/; `launch.evaluate` after them, mostly on
-pairs of shape and colour that no lesson has shown a picture of; then export, bundles, and pictures
-by the bundles. OUT gets metrics.json, report.html and picture.png. Ctrl-C saves and leaves with
-exit code 75; the same command goes on, and what is finished is not done again. --quick takes few
-steps of the smallest model: it shows that all works, and nothing of how well. --pretraining leaves
-a comparison what it needs: a share of pretraining's steps, in schedules as short, and no stage
-behind it.
+each by `launch.train` with the configs of configs/shapes/; `launch.evaluate` of each, beside the
+training of the next, mostly on pairs of shape and colour that no lesson has shown a picture of;
+then export, bundles, and pictures by the bundles. All on CPUs: two commands at once cannot share a
+TPU. OUT gets metrics.json, report.html and picture.png. Ctrl-C saves and leaves with exit code 75;
+the same command goes on, and what is finished is not done again. --quick takes few steps of the
+smallest model: it shows that all works, and nothing of how well. --pretraining leaves a comparison
+what it needs: a share of pretraining's steps, in schedules as short, and no stage behind it.
 """
 
 import os
@@ -39,6 +39,7 @@ def main() -> None:
     out, made = Path(OUT.value), plans()
     # Its memory comes and goes with every step of a training: huge pages spare most page faults.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if QUICK.value:  # programs of ten steps, shaders of four pictures: compiled fast, not well
         os.environ.setdefault("XLA_FLAGS", driver.COMPILED_FAST)
         os.environ.setdefault("GALLIVM_PERF", "nopt")  # of the Vulkan driver that runs on CPUs

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import commands
 import foreign
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
@@ -93,6 +94,31 @@ def test_a_step_for_four_chips(config, tmp_path, capfd):
     # Parameters are gathered in half precision, no more often than forward and backward need them.
     parameters = int(said.split("parameters")[1].split()[0].replace(",", ""))
     assert 0 < figures["collectives"]["all-gather"][1] < 2 * 2 * parameters
+
+
+def test_an_upsampling_and_its_gradients():
+    """Rows stay where they are, and of 36 multiplications 16 are left, each way."""
+    aot_compile = importlib.import_module("launch.aot_compile")
+    mesh = sharding.make_mesh(1, 4, aot_compile.topology("v5e:2x2"))
+    (b, h, w, c), spread = (4, 16, 32, 128), jax.sharding.NamedSharding
+    rows, whole = (spread(mesh, spec) for spec in (sharding.ROWS, jax.sharding.PartitionSpec()))
+    given = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where)
+        for shape, where in (
+            ((b, h, w, c), rows),
+            ((3, 3, c, c), whole),
+            ((b, 2 * h, 2 * w, c), rows),
+        )
+    ]
+
+    def both_ways(x, kernel, g):
+        y, pull = jax.vjp(sharding.pinned(mesh).upsample_conv, x, kernel)
+        return y, pull(g)
+
+    found = costs.of(jax.jit(both_ways).lower(*given).compile())
+    # A tenth more at the edges of so small a picture.
+    assert found.flops == pytest.approx(3 * 2 * (b // 4) * h * w * 16 * c * c, rel=0.2)
+    assert set(found.collectives) == {"all-reduce"}  # of the kernel's gradient
 
 
 def test_it_is_the_step_of_a_run(config, cache, tmp_path):

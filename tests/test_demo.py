@@ -136,6 +136,24 @@ def test_all_that_are_under_way_leave_together(code, tmp_path):
     assert read_json(tmp_path / "done" / "d.json")["clock"] > clock
 
 
+def test_a_failure_is_said_even_if_a_signal_comes_later(tmp_path):
+    def runner(step, arguments, log, asked, on_line):
+        log.write_text(f"no luck with {step.name}\n")
+        if step.name == "m":  # told to leave because c failed
+            until(asked)
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"c": 2, "m": 75}.get(step.name, 0)
+
+    with pytest.raises(cli.CommandError, match="no luck with c"):
+        run_beside(tmp_path, runner)
+
+
+def test_a_step_that_could_never_begin_is_refused(tmp_path):
+    first, second = make_steps("a", "b")
+    with pytest.raises(ValueError, match=r"a needs \['b'\]"):
+        driver.run_all([first._replace(needs=("b",)), second], tmp_path, lambda _: None, Runner())
+
+
 def test_an_error_of_the_driver_itself_ends_the_others(tmp_path):
     def fails():
         raise OSError("no such file")
@@ -183,8 +201,32 @@ def test_processes_are_told_and_waited_for(tmp_path, monkeypatch):
     assert code == 75 and (tmp_path / "log").read_text().endswith("saved\n")
 
 
+def test_two_processes_are_stopped_and_go_on(tmp_path, monkeypatch):
+    (tmp_path / "slow_program.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    steps = [
+        step._replace(arguments=lambda: ("slow_program",), needs=())
+        for step in make_steps("a", "b")
+    ]
+    said = []
+
+    def show(progress):
+        said.append(driver.lines(progress))
+        if not progress.leaving() and all("step" in line for line in said[-1]) and said[-1][2:]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(driver.Interrupted):
+        driver.run_all(steps, tmp_path, show)
+    assert said[-1][0].endswith("saves and leaves")
+    for name in "ab":
+        assert (tmp_path / "logs" / f"{name}.log").read_text().endswith("saved\n")
+        assert read_json(tmp_path / "done" / f"{name}.part") <= read_json(tmp_path / driver.CLOCK)
+
+
 def test_a_modest_process_leaves_time_to_others(tmp_path, monkeypatch):
-    (tmp_path / "says.py").write_text("import os; print(os.getpriority(os.PRIO_PROCESS, 0))")
+    (tmp_path / "says.py").write_text(
+        "import os, time; time.sleep(0.5); print(os.getpriority(os.PRIO_PROCESS, 0))"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     said = {}
     for modest in (False, True):
@@ -311,10 +353,7 @@ def test_each_stage_starts_from_the_one_before(quick, tmp_path):
     for chain in (trained, [step for step in steps if step.name.startswith("evaluate")]):
         for one, next_one in itertools.pairwise(chain):
             assert next_one.needs is None or one.name in next_one.needs
-    known = set()
-    for step in steps:
-        assert known.issuperset(step.needs or ())
-        known.add(step.name)
+    driver.check(steps)
     assert all(step.modest == ("evaluate" in step.name) for step in steps[:-8])
 
 

@@ -266,6 +266,9 @@ def test_a_product_is_saved_as_it_is(named_itself):
         gradient(*given), jax.grad(plain, argnums=(0, 1))(*given), strict=True
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
+    directions = [jnp.cos(x) for x in given]
+    found, expected = (jax.jvp(f, given, directions)[1] for f in (ours, plain))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     text = str(jax.make_jaxpr(gradient)(*given))
     assert len(re.findall(r"= sin ", text)) == 1
     assert ("reduce_precision" in text) == named_itself

@@ -11,6 +11,7 @@ import pytest
 
 from dreamlite_jax.data import shapes
 from dreamlite_jax.data.shapes import (
+    CLEAR,
     DEMO,
     EDITS,
     HARD,
@@ -30,7 +31,7 @@ from dreamlite_jax.data.shapes import (
     sample_t2i,
     satisfies,
 )
-from dreamlite_jax.data.shapes.world import MARGIN, PLACES, in_place, reach, related
+from dreamlite_jax.data.shapes.world import MARGIN, PLACES, SIZE_SPLIT, in_place, reach, related
 
 SAMPLERS = (sample_t2i, sample_edit)
 NAMES = {"shape": shapes.SHAPES, "colour": tuple(shapes.COLOURS), "ground": tuple(shapes.GROUNDS)}
@@ -117,6 +118,24 @@ def test_told_captions_leave_out_nothing_that_there_are_words_for():
             somewhere = any(in_place(thing.x, thing.y, place, MARGIN) for place in PLACES)
             assert bool(want.place) == (somewhere and i not in in_relation)
         assert not {"another", "different"} & set(tokens(edit.instruction))
+
+
+def test_clear_pictures_are_those_of_the_demo_that_leave_no_doubt():
+    """Sizes and places further from their limits than the demo's are at least."""
+
+    def least(settings):
+        things = [t for k in range(300) for t in sample_t2i(settings, "train", 0, k).scene.things]
+        sizes = [abs(t.radius / SIZE_SPLIT - 1) for t in things]
+        limits = (0.35, 0.45, 0.55, 0.65)  # of places, see `in_place`
+        sides = [abs(at - limit) for t in things for at in (t.x, t.y) for limit in limits]
+        return min(sizes), min(sides), {t.shape for t in things}
+
+    assert CLEAR.held_out == DEMO.held_out  # or training would see what is tested
+    (sizes, sides, shapes), (of_demo, demos_sides, demos_shapes) = least(CLEAR), least(DEMO)
+    assert sizes > 1.7 * of_demo and sides > demos_sides and shapes == demos_shapes
+    for limit in ("small", "large"):
+        (low, high), (least_low, least_high) = getattr(CLEAR, limit), getattr(DEMO, limit)
+        assert least_low <= low <= high <= least_high
 
 
 @pytest.mark.parametrize("name", SETTINGS)

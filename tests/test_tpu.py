@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from dreamlite_jax import pretrained
-from dreamlite_jax.models import flash, fused_depthwise, primitives, tpu, unet, unet_config
+from dreamlite_jax.models import blocks, flash, fused_depthwise, primitives, tpu, unet, unet_config
 from dreamlite_jax.models.primitives import PLAIN
 
 # Both compute in float32 and differ by the order of sums over a few hundred values.
@@ -115,7 +116,7 @@ def test_norm_silu_depthwise(shape, groups, pixels, monkeypatch):
 def test_moments_of_what_is_shifted_in_one_pass():
     """In bfloat16, beside the moments of the sum in float64."""
     x, shift = normal(0, (2, 8, 8, 32), (2, 32))
-    x, shift = (x + 3).astype(jnp.bfloat16), 4 * shift
+    x, shift = (x + 3).astype(jnp.bfloat16), 4 * shift + 1000  # the square of which hides variances
     moved = (np.float64(x) + np.float64(shift)[:, None, None]).reshape(2, 64, 8, 4)
     for found, expected in zip(
         fused_depthwise.group_moments(x, 8, shift),
@@ -160,8 +161,67 @@ def test_shapes_that_the_kernels_do_not_take():
     )
     found = tpu.norm_silu_depthwise(x, None, c, c, kernel, groups=2, eps=1e-5)
     np.testing.assert_array_equal(found, expected)
-    found = tpu.norm_silu_depthwise(x - 1, jnp.ones((1, 8)), c, c, kernel, groups=2, eps=1e-5)
+    (shift,) = normal(3, (1, 8))
+    moved = x - shift[:, None, None]
+    found = tpu.norm_silu_depthwise(moved, shift, c, c, kernel, groups=2, eps=1e-5)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_gradients_of_norms_in_bfloat16():
+    """By sums of one pass, beside the plain forms of the same values in float32."""
+    x, shift, scale, bias = normal(0, (2, 8, 8, 32), (2, 32), (32,), (32,))
+    x, how = (2 * x + 1).astype(jnp.bfloat16), {"groups": 8, "eps": 1e-5}
+
+    def ours(x, shift):
+        mean, variance = fused_depthwise.group_moments(x, 8, shift)
+        return jnp.stack([mean, variance])
+
+    def plain(x, shift):
+        moved = (x + shift[:, None, None]).reshape(2, 64, 8, 4)
+        return jnp.stack([jnp.repeat(f(moved, (1, 3)), 4, axis=1) for f in (jnp.mean, jnp.var)])
+
+    def norms(ops):
+        return lambda x, scale, bias: (
+            ops.group_norm(x, scale, bias, **how) + ops.layer_norm(x, scale, bias, eps=1e-5)
+        ).astype(jnp.float32)
+
+    for one, other, given in (
+        (ours, plain, (x, shift)),
+        (norms(tpu.TPU), norms(PLAIN), (x, scale, bias)),
+    ):
+        exact = (x.astype(jnp.float32), *given[1:])
+        y, pull = jax.vjp(other, *exact)
+        (cotangent,) = normal(1, y.shape)
+        _, pull_ours = jax.vjp(one, *given)
+        for found, expected in zip(pull_ours(cotangent), pull(cotangent), strict=True):
+            # By x in its own dtype, of 8 bits; results of the norms are rounded to these, too.
+            largest = np.abs(expected).max()
+            np.testing.assert_allclose(np.float32(found) / largest, expected / largest, atol=2**-7)
+
+
+@pytest.mark.parametrize("policy, kernels, sums", [("full", 3, 2), ("products", 2, 1)])
+def test_what_products_save(policy, kernels, sums):
+    """What an attention gives, so that its kernel runs once forward and once backward, and the sums
+    of norms."""
+    config = {"heads": 2, "kv_heads": 1, "qk_norm": True, "dtype": jnp.bfloat16, "ops": tpu.TPU}
+    x, context = normal(0, (1, 8, 8, 16), (1, 5, 16))
+    block = blocks.rematerialised(blocks.Attention, policy, "")(**config)
+    params = jax.jit(block.init)(jax.random.key(0), x, context)
+
+    def text(loss, *given):
+        return str(jax.make_jaxpr(jax.grad(loss))(*given))
+
+    loss = lambda params: block.apply(params, x, context).astype(jnp.float32).sum()  # noqa: E731
+    assert len(re.findall(r"= pallas_call\[", text(loss, params))) == kernels
+
+    @functools.partial(jax.checkpoint, policy=blocks.REMAT_POLICIES[policy])
+    def norm(x):
+        y = tpu.layer_norm(x, jnp.ones(16), jnp.ones(16), eps=1e-5)
+        return jnp.sin(y.astype(jnp.float32))
+
+    found = text(lambda x: norm(x).sum(), x.astype(jnp.bfloat16))
+    # Of x and of its square; the gradient has two sums more by that axis.
+    assert len(re.findall(r"reduce_sum\[[^\]]*axes=\(3,\)", found)) == 2 * sums + 2
 
 
 def test_a_network_is_the_same_on_both():

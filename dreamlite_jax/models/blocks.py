@@ -47,9 +47,10 @@ def rematerialised(block: type[nn.Module], spec: str, path: str) -> type[nn.Modu
     """`block`, recomputed in the backward pass where `spec` asks for it at `path`.
 
     spec is one of REMAT_POLICIES: "none", "full" (a block's inputs alone are saved) or "products"
-    (what linear layers and attention give is saved, too, in the compute dtype; the cheap rest is
-    computed again); optionally followed by "@" and a regex of the block paths it applies to:
-    "full@down_blocks_0|up_blocks_2". Residual and transformer blocks are the units.
+    (what linear layers and attention give is saved, too, in the compute dtype, and on TPUs the sums
+    of norms; the cheap rest is computed again); optionally followed by "@" and a regex of the block
+    paths it applies to: "full@down_blocks_0|up_blocks_2". Residual and transformer blocks are the
+    units.
     """
     policy, where = split_remat(spec)
     if policy == "none" or not where.search(path):
@@ -107,21 +108,22 @@ class ResnetBlock(nn.Module):
         """x [B, H, W, I], temb [B, E] -> [B, H, W, features]."""
 
         def activated_conv(h, shift, features, norm, name):
-            """The convolution `name` of silu(norm(h + shift)), shift [B, I] or None."""
+            """The convolution `name` of silu(norm(h + shift)), shift [B, 1, 1, I] or None."""
             if self.separable:
                 conv = SeparableConv(features, self.dtype, self.ops, name=name)
             else:
                 conv = Conv(features, 3, 1, True, self.dtype, self.ops, name=name)
             if not self.separable or self.ops.norm_silu_depthwise is None:
-                h = h if shift is None else add_bias(h, shift[:, None, None, :])
+                h = h if shift is None else add_bias(h, shift)
                 return conv(self.ops.silu(GroupNorm(self.groups, self.eps, self.ops, name=norm)(h)))
             weights = NormWeights(h.shape[-1], name=norm)()
             how = {"groups": self.groups, "eps": self.eps}
-            return conv(h, lambda h, k: self.ops.norm_silu_depthwise(h, shift, *weights, k, **how))
+            by_row = None if shift is None else shift[:, 0, 0]
+            return conv(h, lambda h, k: self.ops.norm_silu_depthwise(h, by_row, *weights, k, **how))
 
         inner = 2 * self.features if self.separable else self.features
         h = activated_conv(x, None, inner, "norm1", "conv1")
-        temb = self.ops.silu(temb)
+        temb = self.ops.silu(temb)[:, None, None, :]
         temb = Linear(inner, True, self.dtype, self.ops, name="time_emb_proj")(temb)
         h = activated_conv(h, temb, self.features, "norm2", "conv2")
         if x.shape[-1] != self.features:

@@ -51,12 +51,12 @@ def norm_silu_depthwise(
 
 def group_moments(x: Array, groups: int, shift: Array | None = None) -> tuple[Array, Array]:
     """Mean and variance of x + shift over H, W and C/groups, x [B, H, W, C] and shift float32 [B,
-    C]: [B, C] float32, every channel holding its group's.
+    C] or None: [B, C] float32, every channel holding its group's.
 
-    No sum goes over x + shift, nor is shift's gradient one over pixels.
+    A group's variance is the mean of its channels' plus that of their means: no sum goes over x +
+    shift, nor is shift's gradient one over pixels.
     """
     b, c = x.shape[0], x.shape[-1]
-    shift = jnp.zeros((b, c)) if shift is None else shift
     x32 = x.astype(jnp.float32)
 
     def channel_mean(v: Array) -> Array:
@@ -66,12 +66,13 @@ def group_moments(x: Array, groups: int, shift: Array | None = None) -> tuple[Ar
         return jnp.repeat(v.reshape(b, groups, c // groups).mean(-1), c // groups, axis=1)
 
     own = channel_mean(x32)
-    mean = group_mean(own + shift)
     if x.dtype == jnp.bfloat16:
-        square = channel_mean(jnp.square(x32)) + shift * (2 * own + shift)
-        return mean, one_pass_variance(group_mean(square), mean)
-    centred = x32 - (mean - shift)[:, None, None, :]
-    return mean, group_mean(channel_mean(jnp.square(centred)))
+        within = one_pass_variance(channel_mean(jnp.square(x32)), own)
+    else:
+        within = channel_mean(jnp.square(x32 - own[:, None, None, :]))
+    moved = own if shift is None else own + shift
+    mean = group_mean(moved)
+    return mean, group_mean(within + jnp.square(moved - mean))
 
 
 def one_pass_variance(mean_square: Array, mean: Array) -> Array:

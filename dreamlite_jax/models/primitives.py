@@ -135,7 +135,7 @@ def linear(x: Array, kernel: Array) -> Array:
     return checkpoint_name(y.reshape(*x.shape[:-1], kernel.shape[-1]), PRODUCT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def of_product(linear: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:
     """linear(x, kernel), for whose gradient x is saved where products are.
 
@@ -145,15 +145,11 @@ def of_product(linear: Callable[[Array, Array], Array], x: Array, kernel: Array)
     return linear(x, kernel)
 
 
-def _of_product_fwd(linear, x, kernel):
-    return linear(x, kernel), (checkpoint_name(x, PRODUCT), kernel)
-
-
-def _of_product_bwd(linear, saved, dy):
-    return jax.vjp(linear, *saved)[1](dy)
-
-
-of_product.defvjp(_of_product_fwd, _of_product_bwd)
+@of_product.defjvp
+def _of_product_jvp(linear, primals, tangents):
+    x, kernel = primals
+    saved = checkpoint_name(x, PRODUCT), kernel
+    return linear(x, kernel), jax.jvp(linear, saved, tangents)[1]
 
 
 def add_bias(y: Array, bias: Array) -> Array:

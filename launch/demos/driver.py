@@ -9,7 +9,6 @@ is handed to the commands, which save and leave with exit code 75.
 import contextlib
 import ctypes
 import fcntl
-import itertools
 import os
 import queue
 import re
@@ -30,6 +29,7 @@ from launch.files import read_json, write_json
 TICK = 0.2  # seconds
 ATTEMPTS = 8  # of a step that leaves with 75 although nobody asked it to
 AT_ONCE = 2  # steps
+CLOCK = "clock.json"
 ROOT = Path(__file__).parent.parent.parent
 # XLA_FLAGS of programs that run for few steps on a CPU: compiled in a third of the time, but not as
 # well. XLA ends a process for a flag that it does not know; jaxlib 0.10.2 knows these.
@@ -64,7 +64,8 @@ def run_all(
 
     Args:
       folder: gets `done/NAME.json` with a step's command, the seconds that it took and those that
-        all had taken when it ended, and `logs/NAME.log` with all it said.
+        all had taken when it ended, `logs/NAME.log` with all it said, and what a step that was
+        stopped and all together have taken so far.
       show: is told of the progress, several times a second.
       runner: (step, arguments, log, asked, on_line) -> exit code; None: `run_process`. It is called
         by threads of its own.
@@ -72,43 +73,56 @@ def run_all(
     Raises:
       CommandError: a step failed, or a marker is of another command.
       Interrupted: run it again to go on.
+      ValueError: a step needs one that is not before it.
     """
+    check(steps)
     (folder / "done").mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
+    failures: list[str] = []
     with only_one(folder), signals.asked_to_leave() as asked:
-        progress = Progress(steps, before=clocked(folder))
+
+        def leaving() -> bool:
+            return asked() or bool(failures)
+
+        progress = Progress(steps, before=clocked(folder), leaving=leaving)
         for step in steps:
             if (seconds := finished(step, folder)) is not None:
                 progress.took[step.name] = seconds
-        failed: list[str] = []
-        running: dict[futures.Future, Step] = {}
-        leaving = lambda: asked() or bool(failed)  # noqa: E731
+        begun: dict[futures.Future, Step] = {}
         with futures.ThreadPoolExecutor(AT_ONCE) as pool:
             try:
                 while True:
-                    for step in [] if leaving() else progress.next_ones():
-                        given = list(step.arguments())
+                    while not leaving() and (step := progress.next_one()):
                         progress.begin(step, spent(step, folder))
-                        how = (step, given, folder, leaving, progress, runner or run_process)
-                        running[pool.submit(attempt, *how)] = step
+                        show(progress)
+                        how = (step, folder, leaving, progress, runner or run_process)
+                        begun[pool.submit(attempt, list(step.arguments()), *how)] = step
                     show(progress)
-                    if not running:
+                    if not begun:
                         break
-                    over, _ = futures.wait(running, TICK, futures.FIRST_COMPLETED)
+                    over, _ = futures.wait(begun, TICK, futures.FIRST_COMPLETED)
                     for future in over:
-                        step = running.pop(future)
-                        if said := close(step, future.result(), folder, progress):
-                            failed.append(said)
-            except BaseException as error:  # the others leave, too: the pool waits for them
-                failed.append(str(error))
+                        step = begun.pop(future)
+                        said = close(step, future.result(), folder, progress)
+                        if said and not asked():
+                            failures.append(said)
+            except BaseException as error:  # the other one leaves, too: the pool waits for it
+                failures.append(str(error))
                 raise
-        if asked():
+        if asked() and not failures:
             raise Interrupted
-    if failed:
-        raise cli.CommandError(failed[0])
+    if failures:
+        raise cli.CommandError(failures[0])
 
 
-def attempt(step, arguments, folder, leaving, progress, runner) -> int:
+def check(steps: Sequence[Step]) -> None:
+    for k, step in enumerate(steps):
+        unknown = set(step.needs or ()) - {one.name for one in steps[:k]}
+        if unknown:
+            raise ValueError(f"{step.name} needs {sorted(unknown)}, which is not before it")
+
+
+def attempt(arguments, step, folder, leaving, progress, runner) -> int:
     """Runs a step; one that says "try again later" of its own is tried again."""
     log = folder / "logs" / f"{step.name}.log"
     for _ in range(ATTEMPTS):
@@ -163,9 +177,6 @@ def spent(step: Step, folder: Path) -> float:
     return read_json(file) if file.is_file() else 0.0
 
 
-CLOCK = "clock.json"
-
-
 def clocked(folder: Path) -> float:
     """Seconds that all steps in a folder had taken when the last of them ended or was stopped; what
     two take beside each other counts once."""
@@ -207,12 +218,12 @@ def run_process(
             start_new_session=True,
             preexec_fn=die_with_parent if LIBC is not None else None,
         )
-        if step.modest:
-            leave_to_others(process.pid)
         said: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=listen, args=(process, said), daemon=True).start()
         told = False
         try:
+            if step.modest:
+                leave_to_others(process.pid)
             while True:
                 if asked() and not told:
                     process.send_signal(signal.SIGTERM)
@@ -246,7 +257,8 @@ def listen(process: subprocess.Popen, said: queue.Queue) -> None:
     said.put(None)
 
 
-# A driver that is killed must not leave a command behind, which the next driver would meet.
+# A driver that is killed must not leave a command behind, which the next driver would meet. Linux
+# ends it with the thread that has started it, which waits for it.
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
@@ -292,17 +304,19 @@ class Progress:
         steps: Sequence[Step],
         clock: Callable[[], float] = time.monotonic,
         before: float = 0.0,
+        leaving: Callable[[], bool] = lambda: False,
     ):
         """before: seconds that the steps have taken already."""
-        self.steps, self.clock = list(steps), clock
+        self.steps, self.clock, self.leaving = list(steps), clock, leaving
         self.took: dict[str, float] = {}
         self.running: dict[str, Running] = {}
         self._begun = clock() - before
 
-    def next_ones(self) -> list[Step]:
-        """Those that can begin now."""
-        waiting = ready(self.steps, {*self.took, *self.running}, self.took)
-        return list(itertools.islice(waiting, AT_ONCE - len(self.running)))
+    def next_one(self) -> Step | None:
+        """One that can begin now."""
+        if len(self.running) == AT_ONCE:
+            return None
+        return next(ready(self.steps, {*self.took, *self.running}, self.took), None)
 
     def begin(self, step: Step, before: float) -> None:
         self.running[step.name] = Running(self.clock(), before)
@@ -330,14 +344,14 @@ class Progress:
 
     def read(self, step: Step, line: str) -> None:
         """Takes what a line of a step says of its progress."""
-        running = self.running[step.name]
         if not (counted := _COUNTED.match(line)):
             return
+        running, left = self.running[step.name], None
+        if found := _LEFT.search(line):
+            hours, minutes, seconds = map(int, found.groups())
+            left = (self.clock(), 3600 * hours + 60 * minutes + seconds)
         done, of = map(int, counted.groups())
-        running.line, running.share, running.left = line.strip(), done / max(of, 1), None
-        if left := _LEFT.search(line):
-            hours, minutes, seconds = map(int, left.groups())
-            running.left = (self.clock(), 3600 * hours + 60 * minutes + seconds)
+        running.line, running.share, running.left = line.strip(), done / max(of, 1), left
 
     def pace(self) -> float:
         """Seconds that steps take for each that was expected."""
@@ -348,8 +362,8 @@ class Progress:
     def step_left(self, step: Step) -> float:
         """Seconds that a step under way has left."""
         running = self.running[step.name]
-        if running.left is not None:
-            at, seconds = running.left
+        if (left := running.left) is not None:  # another thread may read a line meanwhile
+            at, seconds = left
             return max(0.0, seconds - (self.clock() - at))
         return max(
             0.0,
@@ -385,7 +399,7 @@ def lines(progress: Progress) -> list[str]:
     number = len(progress.took) + len(progress.running)
     found = [
         f"[{bar:<24}] {100 * share:3.0f} %  step {number} of {len(progress.steps)}  "
-        f"{clock(progress.left())} left in all"
+        f"{clock(progress.left())} left in all" + ("  saves and leaves" * progress.leaving())
     ]
     for step in progress.now():
         said = progress.running[step.name].line or "begins"

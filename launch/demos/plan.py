@@ -160,26 +160,25 @@ def run(plan: Plan, wanted: Sequence[Step]) -> None:
 
 def steps(plan: Plan) -> list[Step]:
     """All steps of a demo in their order."""
-    found, before, pending = [], None, []
+    found, before, pending, judged = [], None, [], ()
     # The variants of a quick demo are evaluated together: most of their time is compilation.
-    # Others' beside the next stage's training, which leaves a core half idle.
+    # Those of others beside the next stage's training, which leaves a core half idle; one after the
+    # other, as they share a folder.
     for stage in STAGES:
         found.append(train(plan, stage, before))
         variants = [{**v, "model": str(plan.run(stage))} for v in stage.variants]
         if plan.quick:  # in one number of steps, which is one program for each task
             pending += [v | FEW if v["guidance"] == 1.0 else v for v in variants]
         elif variants:
-            judged = evaluate(plan, stage.config, f"Judging: {stage.title}", variants, 30)
-            earlier = tuple(s.name for s in found if s.modest)
-            needs = (stage.config, *earlier)  # one after the other: they share a folder
-            found.append(judged._replace(needs=needs, modest=True))
+            step = evaluate(plan, stage.config, f"Judging: {stage.title}", variants, 30)
+            found.append(step._replace(needs=(stage.config, *judged), modest=True))
+            judged = (step.name,)
         before = stage
         if plan.share and stage.config == PRETRAINING[-1]:
             return found
     exported = plan.folder / "model"
     flags = (f"--workdir={plan.run(before)}", f"--out={exported}", "--overwrite")
-    export = lambda: ("convert.export", *flags)  # noqa: E731
-    found.append(Step("export", "Export", export, plan.time(5), needs=(before.config,)))
+    found.append(Step("export", "Export", lambda: ("convert.export", *flags), plan.time(5)))
     pending.append({**DISTILLED, "model": str(exported)})
     found.append(
         evaluate(
@@ -262,7 +261,6 @@ def bundling(plan: Plan, model: Path) -> list[Step]:
                 f"Bundle, {kind} weights",
                 bundle_flags(plan, model, kind),
                 plan.time(60),
-                needs=("evaluate-distilled",),
             ),
             *(
                 Step(
@@ -270,7 +268,6 @@ def bundling(plan: Plan, model: Path) -> list[Step]:
                     f"Pictures by the {kind} bundle, {task}",
                     draw_flags(plan, bundle, task, drawn),
                     plan.time(37),
-                    needs=(f"bundle-{kind}",),
                 )
                 for task in summary.TASKS
             ),

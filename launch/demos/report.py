@@ -212,7 +212,7 @@ def road(folder: Path, found: Metrics) -> str:
     rest = sum(spans[name] for name in spans if name not in STAGES)
     return (
         f"<h2>The road</h2><p>Training in colour, in its order; then judging, export and bundles "
-        f"({clock(rest)}, some of it beside the training).</p>"
+        f"({clock(rest)}, judging beside the next stage's training).</p>"
         f'<div class="road" aria-hidden="true">{bar}</div>'
         f'<ol class="stages">{items}</ol>'
     )
