@@ -52,7 +52,9 @@ STOCHASTIC = flags.DEFINE_float("stochastic", 0.0, "fresh noise in every step, s
 COUNT = flags.DEFINE_integer("count", 256, "prompts of each task and split", lower_bound=1)
 TASK = flags.DEFINE_list("task", ["t2i", "edit"], "tasks")
 SPLIT = flags.DEFINE_list("split", list(shapes.SPLITS), "splits")
-WORLD = flags.DEFINE_string("world", "demo", "settings of the world: quick, demo, told, hard")
+WORLD = flags.DEFINE_string(
+    "world", "demo", "settings of the world: quick, demo, told, clear, hard"
+)
 SEED = flags.DEFINE_integer("seed", shapes.SEED, "of the prompts", lower_bound=0)
 DIVERSITY = flags.DEFINE_integer("diversity", 0, "prompts drawn several times, for the diversity")
 INPUTS = flags.DEFINE_boolean("inputs", False, "also write what a bundle needs to draw the same")

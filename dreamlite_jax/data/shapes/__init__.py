@@ -19,6 +19,7 @@ from dreamlite_jax.data.shapes.judging import (
     sharpness,
 )
 from dreamlite_jax.data.shapes.sampling import (
+    CLEAR,
     DEMO,
     EDITS,
     HARD,
@@ -52,6 +53,7 @@ from dreamlite_jax.data.shapes.world import (
 )
 
 __all__ = [
+    "CLEAR",
     "COLOURS",
     "DEMO",
     "EDITS",

@@ -141,7 +141,9 @@ TOLD = replace(
     open_ground=0.0,
     another=0.0,
 )
-SETTINGS = {"quick": QUICK, "demo": DEMO, "told": TOLD, "hard": HARD}
+# Those pictures of DEMO that leave no doubt of sizes and places: for fine-tuning on the best.
+CLEAR = replace(DEMO, small=(0.16, 0.167), large=(0.235, 0.245), jitter=0.15, gap=0.1)
+SETTINGS = {"quick": QUICK, "demo": DEMO, "told": TOLD, "clear": CLEAR, "hard": HARD}
 
 
 @dataclass(frozen=True)
