@@ -4,6 +4,8 @@ written.
 They are per device: `train.sharding.pinned` spreads them over a mesh.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -28,17 +30,9 @@ def normed_attention(
 
 
 def norm_silu_depthwise(
-    x: Array,
-    shift: Array | None,
-    scale: Array,
-    bias: Array,
-    kernel: Array,
-    *,
-    groups: int,
-    eps: float,
+    x: Array, shift: Array | None, scale: Array, bias: Array, kernel: Array, **how: Any
 ) -> Array:
     """See `Primitives.norm_silu_depthwise`; odd widths take the plain way."""
-    how = {"groups": groups, "eps": eps}
     if x.shape[2] % SUBLANES:
         x = x if shift is None else primitives.add_bias(x, shift[:, None, None, :])
         h = primitives.group_norm(x, scale, bias, **how)
