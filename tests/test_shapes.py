@@ -124,7 +124,10 @@ def test_clear_pictures_are_those_of_the_demo_that_leave_no_doubt():
     """Sizes and places further from their limits than the demo's are at least."""
 
     def least(settings):
-        things = [t for k in range(300) for t in sample_t2i(settings, "train", 0, k).scene.things]
+        scenes = [sample_t2i(settings, "train", 0, k).scene for k in range(300)]
+        edits = [sample_edit(settings, "train", 0, k) for k in range(300)]
+        scenes += [scene for edit in edits for scene in (edit.source, edit.target)]
+        things = [t for scene in scenes for t in scene.things]
         sizes = [abs(t.radius / SIZE_SPLIT - 1) for t in things]
         limits = (0.35, 0.45, 0.55, 0.65)  # of places, see `in_place`
         sides = [abs(at - limit) for t in things for at in (t.x, t.y) for limit in limits]

@@ -66,8 +66,9 @@ STAGES = (
     Stage(
         "sft",
         "Fine-tuning",
-        "Few steps more on a set of its own, with the text encoder frozen.",
-        75,
+        "Few steps more, on a small set that leaves no doubt of sizes and places, with the text "
+        "encoder frozen.",
+        125,
         ({"name": "sft", **GUIDED}, {"name": "sft_unguided", **UNGUIDED}),
     ),
     Stage(
