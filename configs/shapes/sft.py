@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the shapes world: few, clear samples, the encoder frozen, from phase 3.
+"""Supervised fine-tuning on the shapes world: few samples, the encoder frozen, from phase 3.
 
 python -m launch.train --config=configs/shapes/sft.py --workdir=runs/shapes/sft
 """
@@ -11,13 +11,12 @@ def get_config(variant=None):
     config = phase3_joint.get_config()
     config.init_from = "runs/shapes/phase3"
     config.train = ("unet",)
-    # Pictures that leave no doubt: most of what is still wrong is between two sizes or two shapes.
     config.data = tuple(
-        {"source": "shapes:clear:train", "task": task, "weight": 1.0, "count": 20_000, "seed": 1}
+        {"source": "shapes:demo:train", "task": task, "weight": 1.0, "count": 20_000, "seed": 1}
         for task in ("t2i", "edit")
     )
     config.loss.mean = 0.0  # detail, once the rest is there
-    config.steps = 600
+    config.steps = 300
     config.optim.lr, config.optim.warmup = 3e-4, 20
     config.optim.schedule, config.optim.decay_from = "cosine", 0.0
     config.ema_decay = 0.99

@@ -66,9 +66,8 @@ STAGES = (
     Stage(
         "sft",
         "Fine-tuning",
-        "Few steps more, on a small set that leaves no doubt of sizes and places, with the text "
-        "encoder frozen.",
-        125,
+        "Few steps more on a set of its own, with the text encoder frozen.",
+        75,
         ({"name": "sft", **GUIDED}, {"name": "sft_unguided", **UNGUIDED}),
     ),
     Stage(
