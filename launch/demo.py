@@ -33,17 +33,11 @@ SHARE = flags.DEFINE_float(
     "pretraining", None, "with --compare: this share of pretraining's steps, and nothing behind it"
 )
 CACHE = flags.DEFINE_string("compilation_cache", "~/.cache/dreamlite_jax", "as of launch.train")
-# XLA takes a step's memory from malloc and gives it back with every step: kept, and in huge pages,
-# it costs few page faults. (Only the first of malloc's arenas keeps what is large.)
-MEMORY = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
-    "glibc.malloc.trim_threshold=17179869184"
-)
 
 
 def main() -> None:
     out, made = Path(OUT.value), plans()
-    os.environ.setdefault("GLIBC_TUNABLES", MEMORY)
+    os.environ.setdefault("GLIBC_TUNABLES", driver.KEEP_MEMORY)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if QUICK.value:  # programs of ten steps, shaders of four pictures: compiled fast, not well
         os.environ.setdefault("XLA_FLAGS", driver.COMPILED_FAST)

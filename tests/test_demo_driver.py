@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -227,6 +228,43 @@ def test_a_modest_process_leaves_time_to_others(tmp_path, monkeypatch):
         assert not driver.run_process(step, ["says"], tmp_path / "log", lambda: False, lines.append)
         said[modest] = int("".join(lines))
     assert said[True] == 19 and said[False] < 19
+
+
+# As XLA does: memory of a step, taken and given back by a thread that is not the first.
+STEPS = """
+import ctypes, resource, threading
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def steps():
+    for step in range(20):
+        if step == 1:
+            before = faults()
+        memory = libc.malloc(2**27)
+        libc.memset(memory, 1, 2**27)
+        libc.free(memory)
+    print(faults() - before)
+
+thread = threading.Thread(target=steps)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is Linux's")
+def test_memory_that_is_given_back_is_kept():
+    said = (commands.ROOT / "README.md").read_text("utf-8")
+    first, more = re.findall(r"export GLIBC_TUNABLES=(\S+)", said)
+    assert more.replace("$GLIBC_TUNABLES", first) == driver.KEEP_MEMORY
+
+    def faults(tunables):
+        command, env = [sys.executable, "-c", STEPS], os.environ | {"GLIBC_TUNABLES": tunables}
+        return int(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
+
+    assert faults(driver.KEEP_MEMORY) < faults(driver.KEEP_MEMORY.split(":")[0]) / 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
