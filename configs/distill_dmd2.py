@@ -63,7 +63,7 @@ def loss() -> ConfigDict:
             "least": 0.02,  # DMD2
             "most": 0.98,
             "shift": True,
-            "within": True,  # TDM; DMD2 False
+            "within": False,  # DMD2; TDM True
             "gan": 0.0,  # off at first; DMD2 5e-3
             "gan_score": 0.01,  # DMD2
             "trajectory": 0.0,

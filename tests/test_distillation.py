@@ -181,9 +181,10 @@ def test_teacher_and_fake_score_have_no_gradient_from_the_student(gan, toy):
     assert not any(np.asarray(g).any() for g in jax.tree.leaves(of_fake(PARAMS)))
 
 
-def test_the_fake_scores_loss_is_that_of_pretraining(toy):
+@pytest.mark.parametrize("within", [False, True])
+def test_the_fake_scores_loss_is_that_of_pretraining(within, toy):
     rows, keys = rows_of(), jax.random.split(KEY, B)
-    loss = LOSS._replace(within=False)
+    loss = LOSS._replace(within=within)
     fake = {"scale": jnp.float32(-0.3), "shift": jnp.float32(0.2)}
     loss_fn = distillation.make_losses(CONFIG, SETTINGS, loss).fake
     found, metrics = loss_fn({"unet": fake}, {}, rows, keys)
@@ -193,9 +194,10 @@ def test_the_fake_scores_loss_is_that_of_pretraining(toy):
     np.testing.assert_allclose(rows["sample"], x0, atol=1e-5)
     for_flow = distillation.split_keys(keys, 2)[0]
     mu = flow.resolution_mu(4, 4, CONFIG.shift)
-    drawn = flow_matching.draw(SETTINGS.score, for_flow, x0, mu, rows["task"] == 1)
+    sigma, noise = flow_matching.draw(SETTINGS.score, for_flow, x0, mu, rows["task"] == 1)
+    sigma = rows["after"] + (rows["sigma"] - rows["after"]) * sigma if within else sigma
     velocity_fn = distillation.plain(CONFIG, fake, rows["given"])
-    wanted = flow_matching.losses(velocity_fn, x0, *drawn, SETTINGS.score)
+    wanted = flow_matching.losses(velocity_fn, x0, sigma, noise, SETTINGS.score)
     np.testing.assert_allclose(found, wanted.mean(), rtol=1e-5)
     assert {"loss/t2i", "loss/edit", "loss/sigma_0", "loss/sigma_3"} <= metrics.keys()
 

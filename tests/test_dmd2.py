@@ -106,7 +106,7 @@ def test_a_row_without_direction_stays_where_it_is():
 
 
 def test_draws_stay_in_their_range_and_follow_their_rows():
-    settings = dmd2.Settings(least=0.2, most=0.6, shift=False)
+    settings = dmd2.Settings(least=0.2, most=0.6, shift=False, within=True)
     keys = jax.random.split(KEY, 500)
     given = keys, jnp.zeros((500, 2, 2, 1)), 1.0
     sigma, noise = dmd2.draw(settings, *given, jnp.ones(500), jnp.zeros(500))
@@ -181,7 +181,7 @@ MEANS, WEIGHTS, SPREAD = np.array([-1.2, 1.0]), np.array([0.35, 0.65]), 0.3
 # A row is 16 numbers, each by itself from the mixture: g is divided by a mean over a row, which of
 # one number would be the number itself.
 WIDTH, ROW, ROWS = 48, (4, 4, 1), 64
-SETTINGS = dmd2.Settings()
+SETTINGS = dmd2.Settings(within=True)
 
 
 def every_number(velocity_fn):
@@ -341,9 +341,8 @@ def test_samples_match_the_teachers_distribution(teacher_fn, number, updates):
 
 @pytest.mark.optimised
 def test_compared_everywhere_the_last_step_loses_its_spread():
-    """As DMD2 has it, one fake score for all steps: why `within` is the default."""
-    everywhere = dmd2.Settings(within=False)
-    student_fn = network(distilled(one, 4, KEY, UPDATES, everywhere))
+    """As DMD2 has it, one fake score for all steps: what `within` is for."""
+    student_fn = network(distilled(one, 4, KEY, UPDATES, dmd2.Settings()))
     made = samples(student_fn, 4, jax.random.fold_in(KEY, 1))
     for mean in MEANS:
         assert made[np.abs(made - mean) < 0.8].std() < 0.5 * SPREAD

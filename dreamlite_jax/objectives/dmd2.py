@@ -12,11 +12,14 @@ fake score's own loss is `flow_matching.losses` on the student's samples, as in 
 
 The student meets in training what it meets on the phone: its inputs are drawn by the deployed,
 deterministic sampler (backward simulation), and the gradient goes through one step of it. What a
-step takes for x0 is compared at the noise between its two ends (`within`), as in trajectory
-distribution matching (TDM, Luo et al. 2025, arXiv 2503.06674), so that the fake score sees one
-step's samples at each noise. Compared everywhere, as by DMD2, it knows but the mixture of all
-steps, and a blurred first step and a last one without spread are fine together: in one dimension,
-where the answer is known, the last step's samples lose most of their spread.
+step takes for x0 is compared at any noise, as by DMD2, or at the noise between the step's two ends
+(`within`), as in trajectory distribution matching (TDM, Luo et al. 2025, arXiv 2503.06674). Then
+the fake score sees one step's samples at each noise instead of the mixture of all steps', which a
+blurred first step and a last one without spread can match together: in one dimension, where the
+answer is known, the last step's samples lose most of their spread without it. But then nothing
+holds the last step to what only much noise tells, the ground of a picture first of all: there a
+teacher takes any for right. Students of reinforced networks drifted away by that (BENCHMARKS.md,
+*Where students are compared*).
 
 Shapes: B rows, h and w latent pixels, c latent channels.
 """
@@ -45,7 +48,7 @@ class Settings(NamedTuple):
     least: float = 0.02  # sigmas at which scores are compared are uniform in [least, most), ...
     most: float = 0.98
     shift: bool = True  # ... then moved towards noise as the sampler's
-    within: bool = True  # compare a step only between its two ends; False: everywhere, as DMD2
+    within: bool = False  # compare a step only between its two ends, as TDM; DMD2: everywhere
     gan: float = 0.0  # weight of the adversarial term; DMD2: 5e-3
     gan_score: float = (
         0.01  # and of the discriminator's loss beside the fake score's; only with gan
