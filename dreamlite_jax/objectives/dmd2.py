@@ -17,9 +17,9 @@ step takes for x0 is compared at any noise, as by DMD2, or at the noise between 
 the fake score sees one step's samples at each noise instead of the mixture of all steps', which a
 blurred first step and a last one without spread can match together: in one dimension, where the
 answer is known, the last step's samples lose most of their spread without it. But then nothing
-holds the last step to what only much noise tells, the ground of a picture first of all: there a
-teacher takes any for right. Students of reinforced networks drifted away by that (BENCHMARKS.md,
-*Where students are compared*).
+holds the last step to what only much noise tells, the ground of a picture first of all: with
+little a teacher takes any for right. Students of reinforced networks drifted away by that
+(BENCHMARKS.md, *Where students are compared*).
 
 Shapes: B rows, h and w latent pixels, c latent channels.
 """
