@@ -25,7 +25,7 @@ def get_config(variant=None):
     config.distill = distill_dmd2.distill()
     config.distill.ratio, config.distill.warmup, config.distill.score_lr = 2, 40, 2e-4
     config.loss = distill_dmd2.loss()
-    # Twice the best to sample with: the student follows in part.
+    # Twice what the demo samples with: the student follows in part.
     config.loss.guidance, config.loss.edit_guidance = 4.0, 1.5
     config.optim.lr = 5e-5
     config.optim.beta1, config.optim.beta2 = 0.0, 0.99

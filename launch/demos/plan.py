@@ -26,7 +26,7 @@ class Stage(NamedTuple):
     variants: tuple[dict, ...] = ()  # of launch.evaluate; `model` is the run
 
 
-GUIDED = {"guidance": 2.0, "image_guidance": 1.0}  # more guidance is worse in this small world
+GUIDED = {"guidance": 2.0, "image_guidance": 1.0}  # more is worse for edits in this small world
 UNGUIDED = {"guidance": 1.0, "image_guidance": 1.0}
 FEW = {"steps": 4, **UNGUIDED}
 STAGES = (
